@@ -1,0 +1,383 @@
+"""The configuration schema: one frozen dataclass per group, with types, ranges, defaults and docs.
+
+`Config` cannot hold an invalid configuration: ranges are checked field by field, and what several fields must
+satisfy together by `consistency_problems`. Reading files and the command line is `gtddp_dist.config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, Strict, model_validator
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from .registry import DATA_SETS, MODELS, OPTIMIZERS, nearest_first
+
+_GROUP = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+OptionValue = str | int | float | bool | tuple[int | float, ...]
+"""What an option that is set can hold."""
+
+
+def _known(kind: str, names: Iterable[str]) -> AfterValidator:
+    def check(name: str) -> str:
+        if name not in names:
+            listed = ", ".join(nearest_first(name, names))
+            # As context, not as template: the name is the user's and may hold braces.
+            raise PydanticCustomError(
+                "unknown_name",
+                "one of the {kind}s (nearest first): {listed}",
+                {"kind": kind, "listed": listed},
+            )
+        return name
+
+    return AfterValidator(check)
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+FolderName = Annotated[str, Field(min_length=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+# YAML has lists and no tuples, hence not strict on the outside; the items stay strict.
+IntList = Annotated[tuple[PositiveInt, ...], Strict(False)]
+RatePair = Annotated[tuple[DecayRate, DecayRate], Strict(False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class RunConfig:
+    """Where a run is kept."""
+
+    dir: FolderName | None = None
+    """Run directory to create; null: runs/<config>-<time>."""
+    baseline: bool = False
+    """After training, also train the base optimizer at the same settings, into <run>/baseline."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class TrainConfig:
+    """The training loop."""
+
+    epochs: PositiveInt = 8
+    """Passes over the training set."""
+    steps: PositiveInt | None = None
+    """Training steps; where set, it takes the place of train.epochs."""
+    batch_size: PositiveInt = 32
+    """Samples of one training step, over all replicas and micro-batches."""
+    micro_batches: PositiveInt = 1
+    """Micro-batches that a replica's share of the batch is cut into (gradient accumulation)."""
+    replica_groups: PositiveInt = 1
+    """Data-parallel replicas emulated in one process: a recursion each, and averaged controls."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initial weights, data order and every other random number."""
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
+    """Arithmetic; bfloat16 and float16 keep float32 weights under autocast, float16 with loss scaling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: the GPU where there is one."""
+    threads: PositiveInt | None = None
+    """CPU threads of torch; null: torch's own choice."""
+    clip_norm: PositiveFloat | None = None
+    """Largest global norm of the mean gradient; a longer one is scaled down to it."""
+    max_nonfinite: PositiveInt = 10
+    """Steps in a row refused for a non-finite loss or gradient before training stops with a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    name: Literal["constant", "cosine", "step"] = "constant"
+    """Shape of the decay after warm-up."""
+    warmup_steps: Count = 0
+    """Training steps over which the rate rises linearly to its full value."""
+    min_factor: Share = 0.0
+    """cosine: the rate at the end, as a share of the full rate."""
+    milestones: IntList = ()
+    """step: training steps after which the rate is multiplied by schedule.gamma, in increasing order."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """step: the factor."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class EvalConfig:
+    """Measuring on the validation set."""
+
+    every: PositiveInt | None = None
+    """Training steps between two evaluations; null: one after each epoch."""
+    batch_size: PositiveInt = 512
+    """Samples of one forward pass."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class LogConfig:
+    """What is shown and written while training."""
+
+    every: PositiveInt = 10
+    """Training steps between two lines of metrics.jsonl."""
+    progress: bool = True
+    """Show a progress bar."""
+    tensorboard: bool = True
+    """Write TensorBoard files to <run>/tb."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class CheckpointConfig:
+    """What `--resume` continues from."""
+
+    every: PositiveInt | None = None
+    """Training steps between two checkpoints; null: one after each epoch."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept; older ones are removed."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class DataConfig:
+    """The data set."""
+
+    name: Annotated[str, _known("data set", DATA_SETS)] = "digits"
+    """Registered name of the data set."""
+    dir: FolderName | None = None
+    """Folder of the files of a data set that is not shipped with a library."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class ModelConfig:
+    """The network."""
+
+    name: Annotated[str, _known("model", MODELS)] = "small-resnet"
+    """Registered name of the network."""
+    blocks: PositiveInt = 1
+    """small-resnet: number of residual blocks."""
+    width: PositiveInt = 16
+    """small-resnet: output channels of the first convolution."""
+    channels: IntList | None = None
+    """small-resnet: output channels of each block; null: 2 width if one, else width, 2 width, 4 width, ..."""
+    batch_norm: bool = False
+    """small-resnet: a BatchNorm after each convolution."""
+    activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh"] = "relu"
+    """small-resnet: the non-linearity."""
+    stem: Literal["imagenet", "cifar"] = "cifar"
+    """resnet18: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class OptimizerConfig:
+    """The optimizer. An option that is null takes the optimizer's own default."""
+
+    name: Annotated[str, _known("optimizer", OPTIMIZERS)] = "gtddp-adam"
+    """Registered name of the optimizer."""
+    preset: Literal["paper"] | None = None
+    """gtddp-*: paper sets every GT-DDP option as in the paper; options given beside it still count."""
+    lr: PositiveFloat | None = None
+    """Learning rate."""
+    weight_decay: NonNegativeFloat | None = None
+    """Weight decay (L2; decoupled in adamw and gtddp-adamw)."""
+    no_decay: bool = False
+    """Exempt biases and the parameters of normalisation layers from weight decay."""
+    momentum: DecayRate | None = None
+    """sgd, rmsprop: momentum."""
+    dampening: Share | None = None
+    """sgd: dampening of the momentum."""
+    nesterov: bool | None = None
+    """sgd: Nesterov momentum; needs momentum, and no dampening."""
+    alpha: DecayRate | None = None
+    """rmsprop: decay of the running mean of squared gradients."""
+    betas: RatePair | None = None
+    """adam, adamw: decays of the running means of the gradient and of its square."""
+    eps: NonNegativeFloat | None = None
+    """rmsprop, adam, adamw: added to the denominator."""
+    centered: bool | None = None
+    """rmsprop: divide by the standard deviation of the gradient in place of its root mean square."""
+    amsgrad: bool | None = None
+    """adam, adamw: divide by the largest running mean of squares so far."""
+    gauss_newton_weight: NonNegativeFloat | Literal["1/B"] | None = None
+    """Weight rho of the terminal Gauss-Newton Hessian; 0: the base optimizer; 1/B: one over the samples."""
+    control_hessian: Literal["proximal", "replace"] | None = None
+    """Q_uu: the base curvature with the Gauss-Newton term added (proximal), or by itself (replace)."""
+    value_hessian: Literal["batch", "block_diagonal"] | None = None
+    """V_zz: coupled over the samples of a recursion (batch), or one block a sample (block_diagonal)."""
+    terminal: Literal["loss_gradient", "sampled"] | None = None
+    """Curvature cotangent at the output: the loss gradient, or that of labels sampled from the model."""
+    rollout: Literal["linear", "nonlinear"] | None = None
+    """Forward sweep: linearised, or by running the stages with their new weights."""
+    statistics: Literal["gradient", "value"] | None = None
+    """What running curvature statistics are made of: the gradient, or the value function's Q_u."""
+    metric: Literal["current", "previous"] | None = None
+    """Whose curvature measures the sweep: this step's, or the one before's."""
+    scope: Literal["batch", "micro_batch"] | PositiveInt | None = None
+    """Samples of one recursion: a replica's batch, a micro-batch, or a divisor of the micro-batch."""
+    momentum_of: Literal["step", "gradient"] | None = None
+    """What momentum buffers keep: the corrected step, or the gradient alone."""
+    cooperation: Literal["none"] | None = None
+    """How the two players of a projection shortcut share curvature."""
+    replace_guard: bool | None = None
+    """control_hessian=replace: keep the recursion from amplifying."""
+    capture: Literal["gradient", "weighted"] | None = None
+    """gradient also fills p.grad; weighted skips that pass, so nothing that reads p.grad can be used."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class ParallelConfig:
+    """Ranks. This version trains in one process, so both must be 1."""
+
+    pipe: PositiveInt = 1
+    """Segments the network is cut into, one a rank."""
+    data: PositiveInt = 1
+    """Replicas, each with its share of the batch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class Config:
+    """A complete, valid configuration."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = list(consistency_problems(self))
+        if problems:
+            text = "; ".join(f"{', '.join(problem.keys)}: {problem.message}" for problem in problems)
+            raise PydanticCustomError(INCONSISTENT, "{text}", {"text": text, "problems": problems})
+        return self
+
+
+INCONSISTENT = "inconsistent"
+"""Type of the pydantic error whose context holds, under "problems", what several fields break together."""
+
+GROUPS: Mapping[str, type] = {
+    "run": RunConfig,
+    "train": TrainConfig,
+    "schedule": ScheduleConfig,
+    "eval": EvalConfig,
+    "log": LogConfig,
+    "checkpoint": CheckpointConfig,
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig,
+}
+"""Group name -> its dataclass, in the order of `Config`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is wrong with fields that are valid one by one."""
+
+    keys: tuple[str, ...]
+    """Dotted keys that take part."""
+    message: str
+    """What is expected, and what to do."""
+
+
+def given_options(config: OptimizerConfig) -> dict[str, OptionValue]:
+    """The options of the optimizer that are set, by name, without `name`, `preset` and `no_decay`.
+
+    These can be passed on as keyword arguments to the optimizer's own constructors, which know the defaults.
+    """
+    options: dict[str, OptionValue] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if item.name not in ("name", "preset", "no_decay") and value is not None:
+            options[item.name] = value
+    return options
+
+
+def consistency_problems(config: Config) -> Iterator[Problem]:
+    """What several fields break together; nothing for a consistent configuration."""
+    yield from _unused_options("model", config.model, MODELS[config.model.name].options)
+    yield from _unused_options("data", config.data, DATA_SETS[config.data.name].options)
+    yield from _unused_options("optimizer", config.optimizer, OPTIMIZERS[config.optimizer.name].options)
+    yield from _batch_problems(config)
+    yield from _schedule_problems(config.schedule)
+    yield from _optimizer_problems(config)
+    if config.model.channels is not None and len(config.model.channels) != config.model.blocks:
+        yield Problem(("model.channels", "model.blocks"), "model.channels needs one number for each block")
+    for name, size in (("pipe", config.parallel.pipe), ("data", config.parallel.data)):
+        if size > 1:
+            yield Problem(
+                (f"parallel.{name}",),
+                "this version trains in one process; train.replica_groups emulates data-parallel replicas",
+            )
+
+
+def _unused_options(
+    group: str, config: ModelConfig | DataConfig | OptimizerConfig, taken: tuple[str, ...]
+) -> Iterator[Problem]:
+    """Options set away from their default, although what `name` stands for does not take them."""
+    for item in dataclasses.fields(config):
+        if item.name != "name" and item.name not in taken and getattr(config, item.name) != item.default:
+            options = ", ".join(taken) if taken else "none"
+            yield Problem(
+                (f"{group}.{item.name}", f"{group}.name"),
+                f"{config.name} takes no option {item.name}; its options: {options}",
+            )
+
+
+def _batch_problems(config: Config) -> Iterator[Problem]:
+    train, scope = config.train, config.optimizer.scope
+    parts = train.micro_batches * train.replica_groups
+    if train.batch_size % parts:
+        yield Problem(
+            ("train.batch_size", "train.micro_batches", "train.replica_groups"),
+            f"train.batch_size must be a multiple of micro_batches * replica_groups = {parts}",
+        )
+    elif isinstance(scope, int) and (train.batch_size // parts) % scope:
+        yield Problem(
+            ("optimizer.scope", "train.batch_size", "train.micro_batches", "train.replica_groups"),
+            f"a number as optimizer.scope must divide the micro-batch of {train.batch_size // parts} samples",
+        )
+
+
+def _schedule_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
+    defaults = ScheduleConfig()
+    for key, name in (("min_factor", "cosine"), ("milestones", "step"), ("gamma", "step")):
+        if name != schedule.name and getattr(schedule, key) != getattr(defaults, key):
+            yield Problem(
+                (f"schedule.{key}", "schedule.name"), f"only schedule.name={name} uses schedule.{key}"
+            )
+    if schedule.name == "step" and not schedule.milestones:
+        yield Problem(("schedule.name",), "schedule.name=step needs schedule.milestones, a list of steps")
+    if list(schedule.milestones) != sorted(set(schedule.milestones)):
+        yield Problem(("schedule.milestones",), "expected steps in increasing order, each once")
+
+
+def _optimizer_problems(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
+    entry = OPTIMIZERS[optimizer.name]
+    if config.run.baseline and entry.base is None:
+        yield Problem(
+            ("run.baseline", "optimizer.name"),
+            f"{optimizer.name} is a base optimizer itself; a baseline is for gtddp-* optimizers",
+        )
+    # The paper's preset takes its statistics from the value function.
+    statistics = optimizer.statistics or ("value" if optimizer.preset == "paper" else "gradient")
+    if statistics == "value" and optimizer.metric == "previous":
+        yield Problem(
+            ("optimizer.statistics", "optimizer.preset", "optimizer.metric"),
+            "value statistics are known during the sweep, not before: they need optimizer.metric=current",
+        )
+    if config.train.dtype == "float16" and optimizer.capture == "weighted":
+        yield Problem(
+            ("train.dtype", "optimizer.capture"),
+            "loss scaling reads p.grad, which capture=weighted does not fill: take capture=gradient",
+        )
+    if optimizer.nesterov and (not optimizer.momentum or optimizer.dampening):
+        yield Problem(
+            ("optimizer.nesterov", "optimizer.momentum", "optimizer.dampening"),
+            "Nesterov momentum needs a momentum above 0 and no dampening",
+        )

@@ -1,0 +1,39 @@
+"""Errors that are the user's to mend, and the exit codes of the command `gtddp`.
+
+This is the one place where exit codes are defined; everything else refers to them by name.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+OK: Final = 0
+"""The command did what it was asked to do."""
+
+FAILED: Final = 1
+"""The command failed: an unexpected error, or training stopped by itself (too many non-finite steps)."""
+
+BAD_INPUT: Final = 2
+"""The command line, the configuration, or a file it names is wrong. Nothing was changed."""
+
+REQUEUE: Final = 75
+"""Stopped on request with a complete checkpoint: run again with `--resume` (EX_TEMPFAIL of sysexits.h)."""
+
+
+class UserError(Exception):
+    """Bad input. The message says what was wrong, where, and what to do.
+
+    The command line prints it without a traceback and exits with `BAD_INPUT`.
+    """
+
+
+class ModelError(UserError):
+    """A network that the optimizer cannot take. The message names the module, and what to do about it."""
+
+
+class OptionError(UserError, ValueError):
+    """A value that an optimizer does not take. The message names it and what is expected."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be used. The message lists every problem found, not only the first."""

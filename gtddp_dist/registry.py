@@ -1,0 +1,119 @@
+"""Names of optimizers, models and data sets: the options each takes, and where the code that builds it lives.
+
+This module imports no torch, so that a configuration is checked before anything heavy is loaded. Code is
+named as `"module:attribute"` and imported by `load_object` when it is needed. To add an entry, write one file
+and add one line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An optimizer that a configuration can name."""
+
+    options: tuple[str, ...]
+    """Fields of the configuration group `optimizer` that it takes."""
+    builder: str
+    """`"module:function"`: `build(model: nn.Module, config: Config) -> torch.optim.Optimizer`."""
+    base: str | None = None
+    """The base optimizer that a GT-DDP optimizer equals at gauss_newton_weight = 0; a base has None."""
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A network that a configuration can name."""
+
+    options: tuple[str, ...]
+    """Fields of the configuration group `model` that it takes."""
+    builder: str
+    """`"module:function"`: `build(config: ModelConfig, in_channels: int, classes: int) -> nn.Module`."""
+
+
+@dataclass(frozen=True)
+class DataEntry:
+    """A data set that a configuration can name."""
+
+    options: tuple[str, ...]
+    """Fields of the configuration group `data` that it takes."""
+    loader: str
+    """`"module:function"`: `load(config: DataConfig) -> DataSet`."""
+
+
+_SGD = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "no_decay")
+_RMSPROP = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay", "no_decay")
+_ADAM = ("lr", "betas", "eps", "amsgrad", "weight_decay", "no_decay")
+_GTDDP = (
+    "preset",
+    "gauss_newton_weight",
+    "control_hessian",
+    "value_hessian",
+    "terminal",
+    "rollout",
+    "statistics",
+    "metric",
+    "scope",
+    "momentum_of",
+    "cooperation",
+    "replace_guard",
+    "capture",
+)
+
+_BASE_BUILDER = "gtddp_dist.build:base_optimizer"
+_GTDDP_BUILDER = "gtddp_dist.build:gtddp_optimizer"
+
+OPTIMIZERS: Mapping[str, OptimizerEntry] = {
+    "sgd": OptimizerEntry(_SGD, _BASE_BUILDER),
+    "rmsprop": OptimizerEntry(_RMSPROP, _BASE_BUILDER),
+    "adam": OptimizerEntry(_ADAM, _BASE_BUILDER),
+    "adamw": OptimizerEntry(_ADAM, _BASE_BUILDER),
+    "gtddp-sgd": OptimizerEntry(_SGD + _GTDDP, _GTDDP_BUILDER, base="sgd"),
+    "gtddp-rmsprop": OptimizerEntry(_RMSPROP + _GTDDP, _GTDDP_BUILDER, base="rmsprop"),
+    "gtddp-adam": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adam"),
+    "gtddp-adamw": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adamw"),
+}
+
+MODELS: Mapping[str, ModelEntry] = {
+    "small-resnet": ModelEntry(
+        ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.small_resnet:build"
+    ),
+    "resnet18": ModelEntry(("stem",), "gtddp_dist.models.resnet:build_resnet18"),
+}
+
+DATA_SETS: Mapping[str, DataEntry] = {
+    "digits": DataEntry((), "gtddp_dist.data.digits:load"),
+}
+
+
+def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
+    """Candidates most like `word`, best first; for dotted keys a match of the last part counts too."""
+    known = list(candidates)
+    leaf = word.rpartition(".")[2]
+    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    close = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
+    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
+    close_leaf = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=count, cutoff=0.7)]
+    return list(dict.fromkeys(same_leaf + close + close_leaf))[:count]
+
+
+def nearest_first(word: str, candidates: Iterable[str]) -> list[str]:
+    """All candidates, those most like `word` first, the rest in their own order."""
+    known = list(candidates)
+    return list(dict.fromkeys(difflib.get_close_matches(word, known, n=len(known) or 1, cutoff=0.5) + known))
+
+
+def load_object(location: str) -> object:
+    """The object that `"package.module:attribute"` names; imports its module.
+
+    Raises ValueError where `location` has another form, ImportError or AttributeError where it names nothing.
+    """
+    module, separator, name = location.partition(":")
+    if not separator or not module or not name:
+        raise ValueError(f"expected 'package.module:attribute', got {location!r}")
+    attribute: object = getattr(importlib.import_module(module), name)
+    return attribute
