@@ -27,13 +27,17 @@ class UserError(Exception):
     """
 
 
+class ConfigError(UserError):
+    """A configuration that cannot be used. The message lists every problem found, not only the first."""
+
+
 class ModelError(UserError):
     """A network that the optimizer cannot take. The message names the module, and what to do about it."""
 
 
 class OptionError(UserError, ValueError):
-    """A value that an optimizer does not take. The message names it and what is expected."""
+    """A value that an optimizer does not take. The message names the option and what is expected."""
 
 
-class ConfigError(UserError):
-    """A configuration that cannot be used. The message lists every problem found, not only the first."""
+class StepError(UserError, RuntimeError):
+    """A training step that cannot be taken, such as one without a backward pass. Nothing was changed."""
