@@ -1,0 +1,92 @@
+"""Optimizers from a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import nn
+
+from . import curvature
+from .config import Config, OptimizerConfig
+from .curvature import Curvature
+from .optimizer import GTDDP
+from .options import PAPER
+from .players import SUPPORTED
+from .registry import OPTIMIZERS
+
+_TORCH = {
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+_CURVATURES: dict[str, type[Curvature]] = {
+    "sgd": curvature.SGD,
+    "rmsprop": curvature.RMSprop,
+    "adam": curvature.Adam,
+    "adamw": curvature.AdamW,
+}
+_GTDDP_OPTIONS = (
+    "gauss_newton_weight",
+    "control_hessian",
+    "value_hessian",
+    "terminal",
+    "rollout",
+    "statistics",
+    "metric",
+    "scope",
+    "momentum_of",
+    "cooperation",
+    "replace_guard",
+    "capture",
+)
+
+
+def base_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """torch.optim's own optimizer of that name, with the configuration's options and torch's defaults for the rest."""
+    name = config.optimizer.name
+    options = _given(config.optimizer, OPTIMIZERS[name].options)
+    return _TORCH[name](parameter_groups(model, config.optimizer.no_decay), **options)
+
+
+def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
+    """GT-DDP on the curvature of its base; a preset fills what the configuration leaves open."""
+    entry = OPTIMIZERS[config.optimizer.name]
+    assert entry.base is not None
+    kind = _CURVATURES[entry.base]
+    own = {field.name for field in fields(kind)}
+    base = kind(**{n: v for n, v in _given(config.optimizer, entry.options).items() if n in own})
+    options = _given(config.optimizer, _GTDDP_OPTIONS)
+    if config.optimizer.preset == "paper":
+        options = {**PAPER, **options}
+    return GTDDP(
+        model,
+        base,
+        param_groups=parameter_groups(model, config.optimizer.no_decay),
+        replica_groups=config.train.replica_groups,
+        clip_norm=config.train.clip_norm,
+        seed=config.train.seed,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def parameter_groups(model: nn.Module, no_decay: bool) -> list[dict[str, object]]:
+    """One group of all trainable parameters; or two, biases and normalisation parameters without weight decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not no_decay:
+        return [{"params": trainable}]
+    plain = {
+        p
+        for module in model.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if name == "bias" or (type(module) in SUPPORTED and not SUPPORTED[type(module)].affine)
+    }
+    decayed = [p for p in trainable if p not in plain]
+    return [{"params": decayed}, {"params": [p for p in trainable if p in plain], "weight_decay": 0.0}]
+
+
+def _given(config: OptimizerConfig, names: tuple[str, ...]) -> dict[str, object]:
+    """The options that the configuration sets."""
+    values = {n: getattr(config, n) for n in names if n not in ("no_decay", "preset")}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in values.items() if v is not None}

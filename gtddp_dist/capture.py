@@ -1,0 +1,325 @@
+"""What one step needs to remember of its forward and backward passes, by module hooks on the user's own model.
+
+Every forward pass in training mode opens a micro-batch. For each player's module it keeps the input (which autograd
+keeps anyway) and, on the way back, the derivative of the loss with respect to the module's output. Where the states
+at the cuts are needed (nonlinear rollout, inspection), the model's forward runs stage by stage and keeps these too.
+
+A micro-batch counts once a backward pass has reached it; a forward without one leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
+
+from .errors import ModelError
+from .trajectory import LiveValue, Trajectory, floating_tensors
+
+Cotangent = Callable[[Tensor, int], Tensor]
+"""(model output, index of its first sample in the step) -> curvature cotangent s at the output."""
+Stream = Literal["gradient", "cotangent"]
+"""Which derivative: of the loss, or the vector-Jacobian product of the curvature cotangent."""
+Place = nn.Module | tuple[int, int]
+"""Where a derivative was taken: a module's output, or (cut, position among its live values)."""
+
+
+@dataclass
+class MicroBatch:
+    """One forward pass and its backward pass.
+
+    Attributes:
+        samples: how many samples it had.
+        inputs: module -> its input, detached.
+        derivatives: for each stream, place -> derivative, samples first.
+        live: for each cut, its live values, detached; empty unless states are kept.
+        versions: for each cut, the version counters of its live tensors when they were kept.
+        context: autocast and random state of the forward pass, to run it again; None unless states are kept.
+    """
+
+    samples: int
+    inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
+    derivatives: dict[Stream, dict[Place, Tensor]] = field(default_factory=lambda: {"gradient": {}, "cotangent": {}})
+    live: list[tuple[LiveValue, ...]] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
+    context: ForwardContext | None = None
+
+
+@dataclass
+class ForwardContext:
+    """Autocast settings and random state at the start of a forward pass; advances as it is used."""
+
+    device: torch.device
+    autocast: bool
+    autocast_dtype: torch.dtype
+    cpu_state: Tensor
+    device_state: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> ForwardContext:
+        return cls(
+            device,
+            torch.is_autocast_enabled(device.type),
+            torch.get_autocast_dtype(device.type),
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        )
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Run a part of the forward pass once more: same masks, same precision; the outer random state is kept."""
+        devices = [self.device] if self.device_state is not None else []
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast),
+        ):
+            torch.set_rng_state(self.cpu_state)
+            if self.device_state is not None:
+                torch.cuda.set_rng_state(self.device_state, self.device)
+            yield
+            self.cpu_state = torch.get_rng_state()
+            if self.device_state is not None:
+                self.device_state = torch.cuda.get_rng_state(self.device)
+
+
+_active: WeakKeyDictionary[nn.Module, Capture] = WeakKeyDictionary()
+
+
+class Capture:
+    """Hooks on a model. At most one is attached to a model at a time: attaching detaches the one before.
+
+    Args:
+        model: the model.
+        trajectory: its stages.
+        keep_states: run the forward stage by stage and keep live values and their derivatives.
+        skip_weight_grads: players' parameters get no ``grad`` (their weighted gradient is formed later, once).
+        cotangent: where the curvature cotangent is not the loss gradient: makes it from the model's output.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trajectory: Trajectory,
+        *,
+        keep_states: bool,
+        skip_weight_grads: bool,
+        cotangent: Cotangent | None,
+    ) -> None:
+        self.model = model
+        self.trajectory = trajectory
+        self.keep_states = keep_states
+        self.skip_weight_grads = skip_weight_grads
+        self.cotangent = cotangent
+        self.names = {m: n for player in trajectory.players for n, m in player.modules.items()}
+        self.attached = False
+        self._micro_batches: list[MicroBatch] = []
+        self._open: MicroBatch | None = None
+        self._samples_seen = 0
+        self._in_cotangent_pass = False
+        self._edges: dict[Place, GradientEdge] = {}
+        self._hidden: dict[nn.Module, list[nn.Parameter]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def attach(self) -> None:
+        """Put the hooks on the model."""
+        if self.model in _active:
+            _active[self.model].detach()
+        _active[self.model] = self
+        self._handles.append(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        for module in self.names:
+            if self.skip_weight_grads:
+                self._handles.append(module.register_forward_pre_hook(self._hide_parameters))
+            self._handles.append(module.register_forward_hook(self._after_module))
+        self._handles.append(self.model.register_forward_hook(self._after_forward, always_call=True))
+        if self.keep_states:
+            self.model.forward = self._staged_forward
+        self.attached = True
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.keep_states:
+            self.model.__dict__.pop("forward", None)
+        self.attached = False
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Capture:
+        # A copy of the model (for averaging, say) must not feed this optimizer: its hooks do nothing.
+        import copy
+
+        copied = Capture(
+            copy.deepcopy(self.model, memo),
+            self.trajectory,
+            keep_states=False,
+            skip_weight_grads=False,
+            cotangent=None,
+        )
+        copied.names = {}
+        return copied
+
+    def take(self) -> list[MicroBatch]:
+        """The micro-batches since the last call, in order of their backward passes; forgets them."""
+        taken = self._micro_batches
+        self.clear()
+        return taken
+
+    def clear(self) -> None:
+        """Forget everything captured."""
+        self._micro_batches = []
+        self._samples_seen = 0
+
+    # ------------------------------------------------------------------------------------------------------
+    # Forward
+
+    def _before_forward(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        self._open = None
+        if not (self.attached and model.training and torch.is_grad_enabled()):
+            return
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+        if not tensors:
+            raise ModelError("the model was called without a tensor argument: the number of samples is unknown")
+        self._open = MicroBatch(tensors[0].shape[0])
+        if self.keep_states:
+            self._open.context = ForwardContext.now(tensors[0].device)
+
+    def _hide_parameters(self, module: nn.Module, args: object) -> None:
+        """The module's weight gradient is formed later, weighted: autograd need not form the plain one."""
+        if self._open is not None:
+            self._hidden[module] = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            for parameter in self._hidden[module]:
+                parameter.requires_grad_(False)
+
+    def _show_parameters(self, module: nn.Module) -> None:
+        for parameter in self._hidden.pop(module, ()):
+            parameter.requires_grad_(True)
+
+    def _after_module(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        self._show_parameters(module)
+        micro_batch = self._open
+        if micro_batch is None:
+            return None
+        name = self.names[module]
+        if module in micro_batch.inputs:
+            raise ModelError(
+                f"module '{name}' was called twice in one forward (weight tying): a player acts once; "
+                f"make two modules of it, or name it in plain_modules=['{name}']"
+            )
+        if output.shape[0] != micro_batch.samples:
+            raise ModelError(
+                f"module '{name}' saw {output.shape[0]} rows where the batch has {micro_batch.samples} samples: "
+                f"samples must stay in dimension 0; else name it in plain_modules=['{name}']"
+            )
+        micro_batch.inputs[module] = args[0].detach()
+        if not output.requires_grad:
+            if not self.skip_weight_grads:
+                return None  # a frozen control; the step says so
+            output = _Require.apply(output, self._anchor.to(output.device))
+        self._watch(micro_batch, module, output)
+        return output
+
+    def _watch(self, micro_batch: MicroBatch, place: Place, tensor: Tensor) -> None:
+        def keep(grad: Tensor) -> None:
+            if self._in_cotangent_pass:
+                return
+            if all(known is not micro_batch for known in self._micro_batches):
+                self._micro_batches.append(micro_batch)
+            derivatives = micro_batch.derivatives["gradient"]
+            derivatives[place] = derivatives[place] + grad if place in derivatives else grad.detach()
+
+        tensor.register_hook(keep)
+        if self.cotangent is not None:
+            # Now: an in-place activation after the module will make `tensor` another node of the graph.
+            self._edges[place] = get_gradient_edge(tensor)
+
+    def _after_forward(self, model: nn.Module, args: object, output: object) -> None:
+        for module in list(self._hidden):  # the forward stopped half-way with an error
+            self._show_parameters(module)
+        micro_batch, self._open = self._open, None
+        edges, self._edges = self._edges, {}
+        if micro_batch is None or output is None:
+            return
+        for cut, (live, versions) in enumerate(zip(micro_batch.live, micro_batch.versions, strict=True)):
+            for (position, tensor), version in zip(floating_tensors(live), versions, strict=True):
+                if tensor._version != version:
+                    raise ModelError(
+                        f"live tensor '{self._live_name(cut, position)}' at cut {cut} was changed in place by a later "
+                        "stage; the nonlinear rollout still needs it: use inplace=False there"
+                    )
+        if self.cotangent is not None:
+            self._pull_back_cotangent(micro_batch, output, edges)
+        self._samples_seen += micro_batch.samples
+
+    def _pull_back_cotangent(self, micro_batch: MicroBatch, output: object, edges: dict[Place, GradientEdge]) -> None:
+        """The vector-Jacobian products of the curvature cotangent: a backward pass that forms no weight gradient."""
+        assert self.cotangent is not None
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            raise ModelError("terminal='sampled' needs a model that returns logits of shape (samples, classes)")
+        cotangent = self.cotangent(output.detach(), self._samples_seen).to(output.dtype)
+        self._in_cotangent_pass = True
+        try:
+            with torch.autocast(output.device.type, enabled=False):
+                products = torch.autograd.grad(
+                    output, list(edges.values()), cotangent, retain_graph=True, allow_unused=True
+                )
+        finally:
+            self._in_cotangent_pass = False
+        for place, product in zip(edges, products, strict=True):
+            if product is not None:
+                micro_batch.derivatives["cotangent"][place] = product.detach()
+
+    # ------------------------------------------------------------------------------------------------------
+    # Stage by stage
+
+    def _staged_forward(self, *args: LiveValue, **kwargs: LiveValue) -> object:
+        if self._open is None:
+            return type(self.model).forward(self.model, *args, **kwargs)
+        live = self.trajectory.bind(*args, **kwargs)
+        for cut, stage in enumerate(self.trajectory.stages):
+            live = stage.run(self._keep_live(self._open, cut, live))
+        return self.trajectory.assemble(self._keep_live(self._open, len(self.trajectory.stages), live))
+
+    def _keep_live(self, micro_batch: MicroBatch, cut: int, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
+        """Keep a cut's live values, and see to it that the derivatives to come are those of later stages alone."""
+        passed = list(live)
+        for position, tensor in floating_tensors(live):
+            if tensor.requires_grad:
+                if tensor.shape[:1] != (micro_batch.samples,):
+                    raise ModelError(
+                        f"live tensor '{self._live_name(cut, position)}' at cut {cut} has shape {tuple(tensor.shape)}: "
+                        f"the {micro_batch.samples} samples must stay in dimension 0"
+                    )
+                # An identity of its own: earlier readers of the tensor keep the old node.
+                identity = tensor.view_as(tensor)
+                self._watch(micro_batch, (cut, position), identity)
+                passed[position] = identity
+        micro_batch.live.append(tuple(v.detach() if isinstance(v, Tensor) else v for v in passed))
+        micro_batch.versions.append([tensor._version for _, tensor in floating_tensors(passed)])
+        return tuple(passed)
+
+    def _live_name(self, cut: int, position: int) -> str:
+        stages = self.trajectory.stages
+        names = stages[cut].live_before if cut < len(stages) else stages[-1].live_after
+        return names[position] if position < len(names) else f"value {position}"
+
+
+class _Require(torch.autograd.Function):
+    """Makes the first module's output require a gradient although neither its input nor its parameters do."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, anchor: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.mark_dirty(output)  # no copy: "changed in place", by nothing
+        return output
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:  # type: ignore[no-untyped-def]
+        return None, None

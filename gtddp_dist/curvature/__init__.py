@@ -1,0 +1,8 @@
+"""Base optimizers whose curvature GT-DDP can stand on: one file each."""
+
+from .adam import Adam, AdamW
+from .base import Curvature, MomentumOf
+from .rmsprop import RMSprop
+from .sgd import SGD
+
+__all__ = ["SGD", "Adam", "AdamW", "Curvature", "MomentumOf", "RMSprop"]

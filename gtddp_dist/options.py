@@ -1,0 +1,104 @@
+"""The choices of the GT-DDP recursion, validated in one place (docs/algorithm.md lists what each means)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+from .curvature import MomentumOf
+from .errors import OptionError
+from .groups import LossReduction, Scope
+
+ControlHessian = Literal["proximal", "replace"]
+ValueHessian = Literal["batch", "block_diagonal"]
+Terminal = Literal["loss_gradient", "sampled"]
+Rollout = Literal["linear", "nonlinear"]
+Statistics = Literal["gradient", "value"]
+Metric = Literal["current", "previous"]
+Cooperation = Literal["none"]
+CaptureMode = Literal["gradient", "weighted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything that decides a GT-DDP step besides the base optimizer.
+
+    Attributes:
+        gauss_newton_weight: rho, the weight of the terminal Hessian; 0 is the base optimizer; "1/B" is one over the
+            recursion group's size.
+        control_hessian: "proximal": Q_uu = R + F_u^T V_zz' F_u; "replace": Q_uu = R (Sec. 4.1).
+        value_hessian: "batch": all of M; "block_diagonal": its diagonal (Sec. 4.2).
+        terminal: the curvature cotangent: "loss_gradient" (Prop. 5) or "sampled" labels of the softmax.
+        rollout: "linear", or "nonlinear": a second forward pass, stage by stage (Alg. 1).
+        statistics: what second moments are made of: "gradient", or "value" (Q_u; needs metric "current").
+        metric: the sweep's metric: "current", or "previous", the one the step before left.
+        scope: the samples of one recursion: "batch", "micro_batch" or a number.
+        momentum_of: what momentum buffers keep: the corrected "step", or the raw "gradient".
+        cooperation: "none": a projection shortcut's metric is block-diagonal over its two controls.
+        replace_guard: with "replace", keep the spectral radius of M H at 1 or below.
+        capture: "gradient": p.grad is filled as ever; "weighted": players' gradients are formed once, weighted.
+        loss_reduction: whether the step's losses add up to the "mean" over its samples, or to the "sum".
+        replica_groups: replicas that this process stands for.
+        clip_norm: largest norm of the whole gradient; None for no clipping.
+        seed: keys the sampled labels.
+    """
+
+    gauss_newton_weight: float | Literal["1/B"] = 0.1
+    control_hessian: ControlHessian = "proximal"
+    value_hessian: ValueHessian = "batch"
+    terminal: Terminal = "loss_gradient"
+    rollout: Rollout = "linear"
+    statistics: Statistics = "gradient"
+    metric: Metric = "current"
+    scope: Scope = "batch"
+    momentum_of: MomentumOf = "step"
+    cooperation: Cooperation = "none"
+    replace_guard: bool = True
+    capture: CaptureMode = "gradient"
+    loss_reduction: LossReduction = "mean"
+    replica_groups: int = 1
+    clip_norm: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for option in fields(self):
+            choices = get_args(hints[option.name])
+            value = getattr(self, option.name)
+            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
+                raise OptionError(f"{option.name}={value!r}, expected one of {', '.join(map(repr, choices))}")
+        rho = self.gauss_newton_weight
+        if rho != "1/B" and not (isinstance(rho, int | float) and 0 <= rho < float("inf")):
+            raise OptionError(f"gauss_newton_weight={rho!r}, expected a number >= 0 or '1/B'")
+        whole = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope > 0
+        if self.scope not in ("batch", "micro_batch") and not whole:
+            raise OptionError(f"scope={self.scope!r}, expected 'batch', 'micro_batch' or a number of samples > 0")
+        if self.statistics == "value" and self.metric != "current":
+            raise OptionError(
+                "statistics='value' needs metric='current': value gradients are known when the sweep reaches a player"
+            )
+        if self.replica_groups < 1:
+            raise OptionError(f"replica_groups={self.replica_groups!r}, expected a whole number >= 1")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise OptionError(f"clip_norm={self.clip_norm!r}, expected a number > 0 or None")
+        if self.seed < 0:
+            raise OptionError(f"seed={self.seed!r}, expected a whole number >= 0")
+
+    def rho(self, samples: int) -> float:
+        """The Gauss-Newton weight for a recursion group of that many samples."""
+        return 1 / samples if isinstance(self.gauss_newton_weight, str) else self.gauss_newton_weight
+
+
+PAPER = {
+    "control_hessian": "replace",
+    "value_hessian": "block_diagonal",
+    "terminal": "loss_gradient",
+    "rollout": "nonlinear",
+    "statistics": "value",
+    "metric": "current",
+    "momentum_of": "gradient",
+    "gauss_newton_weight": "1/B",
+    "replace_guard": False,
+    "cooperation": "none",  # what identity and diagonal curvature do (Table 1)
+}
+"""The paper's own algorithm, as options."""

@@ -1,0 +1,57 @@
+"""Module types that can be players: one file and one line here for each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .affine import AffineGradients, GramPath, LinearGradients, cheapest_gram_path
+from .base import SampleGradients, Scale
+from .conv import Conv2dGradients
+from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
+
+# By exact type: a subclass may compute something else in its forward.
+SUPPORTED: dict[type[nn.Module], type[SampleGradients]] = {
+    nn.Linear: LinearGradients,
+    nn.Conv2d: Conv2dGradients,
+    nn.BatchNorm1d: BatchNormGradients,
+    nn.BatchNorm2d: BatchNormGradients,
+    nn.BatchNorm3d: BatchNormGradients,
+    nn.LayerNorm: LayerNormGradients,
+    nn.GroupNorm: GroupNormGradients,
+}
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether the module's parameters can be the controls of a player."""
+    return type(module) in SUPPORTED
+
+
+def is_affine(module: nn.Module) -> bool:
+    """Whether the module opens a player (Linear, Conv2d), rather than joining one."""
+    return SUPPORTED[type(module)].affine
+
+
+def prepare(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What of a micro-batch's input the gradients of ``module`` need."""
+    return SUPPORTED[type(module)].prepare(module, inputs)
+
+
+def sample_gradients(
+    module: nn.Module, inputs: Tensor, output_grads: Tensor, factor: float | Tensor = 1.0
+) -> SampleGradients:
+    """The per-sample gradients of ``module``'s controls; ``inputs`` as :func:`prepare` made them."""
+    return SUPPORTED[type(module)](module, inputs, output_grads, factor)
+
+
+__all__ = [
+    "SUPPORTED",
+    "AffineGradients",
+    "GramPath",
+    "SampleGradients",
+    "Scale",
+    "cheapest_gram_path",
+    "is_affine",
+    "is_supported",
+    "prepare",
+    "sample_gradients",
+]

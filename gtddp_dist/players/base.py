@@ -1,0 +1,76 @@
+"""Per-sample gradients of one module's controls, and the products the recursion needs of them.
+
+Stacked as rows they are the matrix S (B x U) of docs/algorithm.md. It is rarely formed: every module type knows
+cheaper ways to S^T w, S d and S R^-1 S^T.
+
+Shape suffixes in this folder: B samples, G channel groups, L positions (pixels, tokens), I inputs of a position,
+O outputs of a position, U controls.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+Scale = float | Tensor
+"""One parameter's diagonal inverse metric: a number, or a tensor of the parameter's shape."""
+
+
+class SampleGradients(ABC):
+    """The matrix S of one module for the samples of one recursion group.
+
+    Args:
+        module: the module whose trainable parameters are the controls.
+        inputs: the module's input, prepared by :meth:`prepare`, samples first.
+        output_grads: derivative with respect to the module's output, samples first.
+        factor: multiplies ``output_grads``: what makes it the derivative of a sample's own, unaveraged loss.
+    """
+
+    affine: bool
+    """Whether the module opens a player of its own (else it joins the affine module it directly follows)."""
+
+    def __init__(self, module: nn.Module, inputs: Tensor, output_grads: Tensor, factor: float | Tensor = 1.0) -> None:
+        self.module = module
+        self.inputs = inputs
+        self.output_grads = output_grads
+        self.factor = factor
+        self.controls = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+
+    @staticmethod
+    def prepare(module: nn.Module, inputs: Tensor) -> Tensor:
+        """What of a micro-batch's input the gradients need; called once on the whole micro-batch."""
+        return inputs
+
+    @abstractmethod
+    def per_sample(self) -> dict[str, Tensor]:
+        """S itself: parameter name -> (B, *parameter shape)."""
+
+    def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
+        """S^T w: parameter name -> parameter shape."""
+        return {n: torch.tensordot(weights_B.to(g), g, dims=1) for n, g in self.per_sample().items()}
+
+    def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
+        """S d, shape (B,), for a direction given by parameter name."""
+        grads = self.per_sample()
+        return sum_tensors(grads[n].flatten(1) @ direction[n].flatten() for n in self.controls)
+
+    def gram(self, inverse_metric: Mapping[str, Scale]) -> Tensor:
+        """S R^-1 S^T, shape (B, B), for a diagonal R^-1 given by parameter name."""
+        return gram_of(self.per_sample(), inverse_metric)
+
+
+def gram_of(grads: Mapping[str, Tensor], inverse_metric: Mapping[str, Scale]) -> Tensor:
+    """S R^-1 S^T from materialised per-sample gradients."""
+    return sum_tensors((g * inverse_metric[n]).flatten(1) @ g.flatten(1).mT for n, g in grads.items())
+
+
+def sum_tensors(terms: object) -> Tensor:
+    """The sum of at least one tensor."""
+    iterator = iter(terms)  # type: ignore[call-overload]
+    total: Tensor = next(iterator)
+    for term in iterator:
+        total = total + term
+    return total

@@ -1,0 +1,304 @@
+"""Tracing an ordinary model with torch.fx: which modules decide together, and where the cuts lie."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import traceback
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import fx, nn
+
+from .errors import ModelError
+from .players import is_affine, is_supported
+from .trajectory import LiveValue, Player, Stage, Trajectory, check_parameters, is_trainable, plain_parameters
+
+
+def trace(model: nn.Module, plain_modules: Collection[str] = ()) -> Trajectory:
+    """Trace an ordinary model with torch.fx and cut it into stages.
+
+    Args:
+        model: any module that torch.fx can trace in training mode.
+        plain_modules: names of modules to take as they are: their parameters get the base update without feedback.
+
+    Raises:
+        ModelError: the model cannot be traced; a module is used twice; a trainable parameter belongs to no supported
+            module; there is nothing to train.
+    """
+    check_parameters(model, plain_modules)
+    graph = _traced_graph(model, plain_modules)
+    modules = dict(model.named_modules())
+    anchors = _player_nodes(graph, modules, plain_modules)
+    groups, shortcuts = _grouped(graph, anchors, modules)
+    return _cut_into_stages(model, graph, groups, shortcuts, plain_modules)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+class _Tracer(fx.Tracer):
+    """Stops at supported modules, plain modules and torch.nn's own; remembers where it is, for the error."""
+
+    def __init__(self, leaves: Collection[nn.Module]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.inside: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self.leaves or is_supported(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:  # type: ignore[type-arg]
+        self.inside.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.inside.pop()  # not reached on an error, which is how the error knows its module
+        return result
+
+
+def _traced_graph(model: nn.Module, plain_modules: Collection[str]) -> fx.Graph:
+    modules = dict(model.named_modules())
+    tracer = _Tracer({modules[name] for name in plain_modules if name})
+    # Flags with defaults (say, return_features=False) are fixed at their default; tensors stay symbolic.
+    fixed = {
+        name: parameter.default
+        for name, parameter in inspect.signature(model.forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    was_training = [module.training for module in model.modules()]
+    try:
+        model.train()
+        return tracer.trace(model, concrete_args=fixed or None)
+    except Exception as error:
+        where = tracer.inside[-1] if tracer.inside else ""
+        owner = (
+            f"module '{where}' ({type(modules[where]).__name__})" if where else f"the model ({type(model).__name__})"
+        )
+        raise ModelError(
+            f"torch.fx stopped in {owner} at {_user_line(error)}: {error}\n"
+            "Either take that module as it is, with the base update and no feedback for its parameters "
+            f"(plain_modules=['{where or '...'}']), or give the stages by hand: "
+            "GTDDP(model, stages=[stage_1, stage_2, ...]), modules that take and return the live tensors."
+        ) from error
+    finally:
+        for module, training in zip(model.modules(), was_training, strict=True):
+            module.training = training
+
+
+def _user_line(error: BaseException) -> str:
+    """File and line of the last frame that is not torch's own."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_folder)]
+    frame = next((f for f in reversed(frames) if f.filename != __file__), None)
+    return f"{frame.filename}:{frame.lineno} ({frame.line})" if frame else "an unknown line"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Players
+
+_SUMS = (operator.add, operator.iadd, torch.add)
+_OUT_OF_PLACE: dict[object, object] = {
+    operator.iadd: operator.add,
+    operator.imul: operator.mul,
+    operator.isub: operator.sub,
+}
+
+
+def _player_nodes(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], plain_modules: Collection[str]
+) -> dict[fx.Node, nn.Module]:
+    """The graph's nodes that call a trainable supported module, in order."""
+    anchors: dict[fx.Node, nn.Module] = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or node.target in plain_modules:
+            continue
+        module = modules[str(node.target)]
+        if is_supported(module) and is_trainable(module):
+            if module in anchors.values():
+                raise ModelError(
+                    f"module '{node.target}' is called twice in one forward (weight tying), but a player acts "
+                    f"once; make two modules of it, or name it in plain_modules=['{node.target}']"
+                )
+            anchors[node] = module
+    return anchors
+
+
+def _grouped(
+    graph: fx.Graph, anchors: Mapping[fx.Node, nn.Module], modules: Mapping[str, nn.Module]
+) -> tuple[list[list[fx.Node]], set[fx.Node]]:
+    """Player nodes that decide together, and which of them lie on projection shortcuts."""
+    group: dict[fx.Node, list[fx.Node]] = {}
+    for node, module in anchors.items():
+        source = node.all_input_nodes[0]
+        if not is_affine(module) and source in anchors and is_affine(anchors[source]):
+            group[source].append(node)
+            group[node] = group[source]
+        else:
+            group[node] = [node]
+
+    ancestors = _ancestors(graph)
+    shortcuts: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not _is_sum(node):
+            continue
+        for branch, main in (node.args[::-1], node.args):
+            fork, on_branch = _walk_to_fork(branch, anchors, group)
+            inside = [n for n in anchors if n in ancestors[main] | {main} and n not in ancestors[fork] | {fork}]
+            if len(on_branch) == 1 and is_affine(anchors[on_branch[0][0]]) and fork in ancestors[main] and inside:
+                u, v = group[inside[-1]], on_branch[0]
+                if u is not v:
+                    shortcuts.update(v)
+                    u.extend(v)
+                    for member in v:
+                        group[member] = u
+                break
+    unique = {id(members): members for members in group.values()}
+    return list(unique.values()), shortcuts
+
+
+def _is_sum(node: fx.Node) -> bool:
+    summing = (node.op == "call_function" and node.target in _SUMS) or (
+        node.op == "call_method" and node.target in ("add", "add_")
+    )
+    return summing and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def _walk_to_fork(
+    end: fx.Node, anchors: Mapping[fx.Node, nn.Module], group: Mapping[fx.Node, list[fx.Node]]
+) -> tuple[fx.Node, list[list[fx.Node]]]:
+    """Walk from a summand back to where its branch opens; also the players met on the way, last first."""
+    met: list[list[fx.Node]] = []
+    node = end
+    while len(node.users) == 1 and len(node.all_input_nodes) == 1:
+        if node in anchors and all(members is not group[node] for members in met):
+            met.append(group[node])
+        node = node.all_input_nodes[0]
+    return node, met
+
+
+def _ancestors(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    ancestors: dict[fx.Node, set[fx.Node]] = {}
+    for node in graph.nodes:
+        ancestors[node] = set(node.all_input_nodes).union(*(ancestors[n] for n in node.all_input_nodes))
+    return ancestors
+
+
+def _ordered(groups: list[list[fx.Node]], graph: fx.Graph) -> list[list[fx.Node]]:
+    """Players such that each comes after those it depends on; else in the order in which they finish."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    ancestors = _ancestors(graph)
+    of_node = {node: index for index, members in enumerate(groups) for node in members}
+    needs = [
+        {of_node[a] for node in members for a in ancestors[node] if a in of_node} - {index}
+        for index, members in enumerate(groups)
+    ]
+    done: list[int] = []
+    while len(done) < len(groups):
+        ready = [i for i in range(len(groups)) if i not in done and needs[i] <= set(done)]
+        if not ready:
+            raise ModelError("players depend on each other in a circle; give the stages by hand: GTDDP(stages=[...])")
+        done.append(min(ready, key=lambda i: max(position[node] for node in groups[i])))
+    return [sorted(groups[i], key=lambda node: position[node]) for i in done]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def _cut_into_stages(
+    model: nn.Module,
+    graph: fx.Graph,
+    groups: list[list[fx.Node]],
+    shortcuts: set[fx.Node],
+    plain_modules: Collection[str],
+) -> Trajectory:
+    groups = _ordered(groups, graph)
+    last = len(groups)
+    stage_of: dict[fx.Node, int] = {node: index for index, members in enumerate(groups) for node in members}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            stage_of[node] = -1
+        elif node.op == "output":
+            stage_of[node] = last
+        elif node.op != "get_attr" and node not in stage_of:
+            stage_of[node] = max((stage_of[n] for n in node.all_input_nodes if n.op != "get_attr"), default=0)
+            stage_of[node] = max(stage_of[node], 0)  # what precedes the first player belongs to its stage
+
+    def live(cut: int) -> list[fx.Node]:
+        return [
+            node
+            for node in graph.nodes
+            if node.op != "get_attr" and stage_of[node] < cut and any(stage_of[user] >= cut for user in node.users)
+        ]
+
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    cuts = [inputs] + [live(cut) for cut in range(1, last + 1)]
+    stages = []
+    for index, members in enumerate(groups):
+        names = {str(node.target): model.get_submodule(str(node.target)) for node in members}
+        player = Player(index, names, tuple(str(n.target) for n in members if n in shortcuts))
+        nodes = [node for node in graph.nodes if stage_of.get(node) == index and node.op != "output"]
+        run = _GraphStage(model, cuts[index], nodes, cuts[index + 1])
+        stages.append(Stage(player, _tensor_names(cuts[index]), _tensor_names(cuts[index + 1]), run))
+
+    signature = inspect.signature(model.forward)
+    output = next(node for node in graph.nodes if node.op == "output")
+
+    def bind(*args: LiveValue, **kwargs: LiveValue) -> tuple[LiveValue, ...]:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return tuple(bound.arguments.values())
+
+    def assemble(values: tuple[LiveValue, ...]) -> object:
+        env = dict(zip(cuts[last], values, strict=True))
+        return fx.node.map_arg(output.args[0], lambda node: cast(fx.node.Argument, env[node]))
+
+    modules = [module for stage in stages for module in stage.player.modules.values()]
+    return Trajectory(tuple(stages), plain_parameters(model, modules), bind, assemble)
+
+
+class _GraphStage:
+    """Runs one stage's nodes. In-place sums become out of place: the states at the cuts are still needed."""
+
+    def __init__(
+        self, root: nn.Module, before: Iterable[fx.Node], nodes: Sequence[fx.Node], after: Iterable[fx.Node]
+    ) -> None:
+        self.root, self.before, self.nodes, self.after = root, tuple(before), tuple(nodes), tuple(after)
+
+    def __call__(self, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
+        env: dict[fx.Node, LiveValue] = dict(zip(self.before, live, strict=True))
+
+        def value(node: fx.Node) -> fx.node.Argument:
+            known = operator.attrgetter(str(node.target))(self.root) if node.op == "get_attr" else env[node]
+            return cast(fx.node.Argument, known)
+
+        for node in self.nodes:
+            args = fx.node.map_arg(node.args, value)
+            kwargs = fx.node.map_arg(node.kwargs, value)
+            if node.op == "call_module":
+                env[node] = self.root.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_function":
+                function = _OUT_OF_PLACE.get(node.target, node.target)
+                env[node] = function(*args, **kwargs)  # type: ignore[operator]
+            else:
+                method = str(node.target).removesuffix("_") if node.target in ("add_", "mul_", "sub_") else node.target
+                env[node] = getattr(args[0], str(method))(*args[1:], **kwargs)
+        return tuple(env[node] for node in self.after)
+
+
+_SIZES = ("size", "dim", "numel", "ndimension")
+
+
+def _tensor_names(nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+    """The names of a cut's live tensors: all live values but sizes and what is computed from them."""
+
+    def is_size(node: fx.Node) -> bool:
+        if node.op == "call_method" and node.target in _SIZES:
+            return True
+        if node.target is getattr:
+            return node.args[1] in ("shape", "ndim", "dtype", "device")
+        return node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_size, node.all_input_nodes))
+
+    return tuple(node.name for node in nodes if not is_size(node))

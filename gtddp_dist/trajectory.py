@@ -1,0 +1,239 @@
+"""From an ordinary nn.Module to a trajectory: stages, players, and cuts with their live tensors.
+
+Layers are time steps. A *player* is a set of parametric modules that decide together: one convolution or linear
+layer with its bias and the normalisation layer that directly follows it; a projection shortcut joins the last player
+of the main path it is added to. A *stage* is one player plus the parameter-free operations that follow it. A *cut* is
+the point between two stages; its *live tensors* are all tensors that later stages still read, so inside a residual
+block there are two, the state and the residual state (arXiv 2007.08880, Sec. 3.1, "augmented state").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .players import is_supported
+
+LiveValue = object
+"""What lives at a cut: tensors, and now and then a size or another plain value that a later stage reads."""
+
+
+@dataclass(frozen=True)
+class Player:
+    """The modules that decide together, in the order in which they run.
+
+    Attributes:
+        index: position among the players, 0 first.
+        modules: qualified module name -> module.
+        shortcut: names of the modules that form a projection shortcut, a subset of ``modules``.
+    """
+
+    index: int
+    modules: Mapping[str, nn.Module]
+    shortcut: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The qualified names joined by ``+``."""
+        return "+".join(self.modules)
+
+    def controls(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, by qualified name."""
+        return {
+            f"{module_name}.{name}" if module_name else name: parameter
+            for module_name, module in self.modules.items()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        }
+
+
+class StageFunction(Protocol):
+    """The dynamics of a stage: live values before -> live values after, at the modules' present parameters."""
+
+    def __call__(self, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]: ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One player and the parameter-free operations that follow it.
+
+    Attributes:
+        player: who decides here.
+        live_before: names of the live values of the cut before the stage.
+        live_after: names of those after it.
+        run: the stage's dynamics.
+    """
+
+    player: Player
+    live_before: tuple[str, ...]
+    live_after: tuple[str, ...]
+    run: StageFunction
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The stages of a model, in the order in which a forward sweep meets them.
+
+    Attributes:
+        stages: one per player; cut t lies before stage t, cut T at the output.
+        plain_parameters: names of the trainable parameters that belong to no player (base update, no feedback).
+        bind: the model's call arguments -> live values at cut 0.
+        assemble: live values at the last cut -> what the model's forward returns.
+    """
+
+    stages: tuple[Stage, ...]
+    plain_parameters: tuple[str, ...]
+    bind: Callable[..., tuple[LiveValue, ...]] = field(repr=False)
+    assemble: Callable[[tuple[LiveValue, ...]], object] = field(repr=False)
+
+    @property
+    def players(self) -> tuple[Player, ...]:
+        return tuple(stage.player for stage in self.stages)
+
+    def __str__(self) -> str:
+        rows = []
+        for index, stage in enumerate(self.stages):
+            player = stage.player
+            controls = sum(p.numel() for p in player.controls().values())
+            rows.append(
+                (
+                    index,
+                    "\n".join(player.modules),
+                    "\n".join(type(module).__name__ for module in player.modules.values()),
+                    f"{controls:,}",
+                    ", ".join(stage.live_before),
+                    ", ".join(player.shortcut) or "",
+                )
+            )
+        headers = ("stage", "player", "modules", "controls", "live tensors before", "projection shortcut")
+        table = tabulate(rows, headers, tablefmt="simple_grid")
+        if self.plain_parameters:
+            table += "\nbase update without feedback: " + ", ".join(self.plain_parameters)
+        return table
+
+
+def floating_tensors(live: Iterable[LiveValue]) -> list[tuple[int, Tensor]]:
+    """Position and tensor of those live values that can carry a derivative."""
+    return [(i, v) for i, v in enumerate(live) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def from_stages(model: nn.Module, stages: Sequence[nn.Module], plain_modules: Collection[str] = ()) -> Trajectory:
+    """The trajectory of a model whose stages are given by hand.
+
+    Args:
+        model: the model; calling it must be the same as calling the stages one after another.
+        stages: modules that take and return a tensor, or the tuple of live tensors. Each one's supported modules
+            are its player; they must be modules of ``model``.
+        plain_modules: names of modules whose parameters get the base update without feedback.
+
+    Raises:
+        ModelError: a stage has no trainable supported module, or has one that is not the model's or not its own.
+    """
+    check_parameters(model, plain_modules)
+    names = {module: name for name, module in model.named_modules()}
+    plain = modules_under(model, plain_modules)
+    built: list[Stage] = []
+    seen: set[nn.Module] = set()
+    for index, stage in enumerate(stages):
+        found: dict[str, nn.Module] = {}
+        for module in stage.modules():
+            if module in plain or not is_supported(module) or not is_trainable(module):
+                continue
+            if module not in names:
+                raise ModelError(
+                    f"stages[{index}]: its {type(module).__name__} is not a module of the model; "
+                    "build the stages from the model's own modules"
+                )
+            if module in seen:
+                raise ModelError(f"stages[{index}]: module '{names[module]}' is in an earlier stage too")
+            seen.add(module)
+            found[names[module]] = module
+        if not found:
+            raise ModelError(
+                f"stages[{index}] ({type(stage).__name__}) has no trainable Linear, Conv2d or normalisation layer; "
+                "join it with the stage before it"
+            )
+        before = ("input",) if index == 0 else (f"z{index}",)
+        after = ("output",) if index == len(stages) - 1 else (f"z{index + 1}",)
+        built.append(Stage(Player(index, found), before, after, _ModuleStage(stage)))
+    missing = [
+        name
+        for name, module in model.named_modules()
+        if is_supported(module) and is_trainable(module) and module not in seen and module not in plain
+    ]
+    if missing:
+        raise ModelError(f"no stage holds module '{missing[0]}'; add it to a stage or to plain_modules")
+
+    def bind(*args: LiveValue) -> tuple[LiveValue, ...]:
+        return args
+
+    def assemble(live: tuple[LiveValue, ...]) -> object:
+        return live[0] if len(live) == 1 else live
+
+    return Trajectory(tuple(built), plain_parameters(model, seen), bind, assemble)
+
+
+class _ModuleStage:
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
+        result = self.module(live[0] if len(live) == 1 else live)
+        return result if isinstance(result, tuple) else (result,)
+
+
+def check_parameters(model: nn.Module, plain_modules: Collection[str]) -> None:
+    """Refuse what cannot be trained: unknown names, shared or foreign parameters, nothing to train."""
+    modules = dict(model.named_modules())
+    for name in plain_modules:
+        if name not in modules:
+            raise ModelError(f"plain_modules: the model has no module '{name}'")
+    plain = modules_under(model, plain_modules)
+    owners: dict[nn.Parameter, str] = {}
+    players = 0
+    for module_name, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            where = f"{module_name}.{name}" if module_name else name
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ModelError(f"parameter '{where}' is not initialised yet; run the lazy model once first")
+            if not parameter.requires_grad:
+                continue
+            if parameter in owners:
+                raise ModelError(
+                    f"parameter '{where}' is the same tensor as '{owners[parameter]}' (weight tying): a control "
+                    "can belong to one player only; untie them, or freeze it"
+                )
+            owners[parameter] = where
+            if module in plain:
+                continue
+            if not is_supported(module):
+                owner = f"module '{module_name}'" if module_name else "the model itself"
+                raise ModelError(
+                    f"trainable parameter '{where}' belongs to {owner} ({type(module).__name__}), which is no "
+                    "supported player (Linear, Conv2d, BatchNorm, LayerNorm, GroupNorm); "
+                    f"plain_modules=['{module_name}'] gives it the base update without feedback"
+                )
+            players += 1
+    if not players:
+        raise ModelError("the model has no trainable Linear, Conv2d or normalisation layer: nothing to train")
+
+
+def modules_under(model: nn.Module, plain_modules: Collection[str]) -> set[nn.Module]:
+    """The plain modules and everything below them; the root ('') stands for its direct parameters alone."""
+    modules = dict(model.named_modules())
+    below = {module for name in plain_modules if name for module in modules[name].modules()}
+    return below | ({model} if "" in plain_modules else set())
+
+
+def is_trainable(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def plain_parameters(model: nn.Module, players: Collection[nn.Module]) -> tuple[str, ...]:
+    controls = {parameter for module in players for parameter in module.parameters(recurse=False)}
+    return tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in controls)
