@@ -71,7 +71,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a shipped config (by name) or a YAML file (by path), with `key=value` overrides.
 
     A value is read as YAML; of two overrides of one key the later counts. Raises ConfigError with all
-    problems: unknown keys, wrong types, values out of range, options that exclude each other, an unreadable file.
+    problems it finds: unknown key, wrong type, out of range, options that exclude each other, no such file.
     """
     text, source = _read(name_or_path)
     settings, problems = _settings_of_file(text, source)
@@ -132,9 +132,7 @@ def _settings_of_file(text: str, source: str) -> tuple[dict[str, _Setting], list
     if document.value is None:
         raise ConfigError(f"{source} is empty: set at least one option, for example\ntrain:\n  epochs: 8")
     if not isinstance(document.value, dict):
-        raise ConfigError(
-            f"{source} must hold groups of options ('train:', ...), not {_show(document.value)}"
-        )
+        raise ConfigError(f"{source} must hold groups of options ('train:', ...), not {_show(document.value)}")
     settings: dict[str, _Setting] = {}
     problems: list[str] = []
     for group, values in document.value.items():
@@ -168,9 +166,7 @@ def _apply_override(override: str, settings: dict[str, _Setting], problems: list
         try:
             settings[key] = _Setting(strict_yaml.parse(text).value, _COMMAND_LINE)
         except strict_yaml.YamlError as error:
-            problems.append(
-                f"{key} ({_COMMAND_LINE}): {error.message}; text with special characters needs quotes"
-            )
+            problems.append(f"{key} ({_COMMAND_LINE}): {error.message}; text with special characters needs quotes")
 
 
 def _build(settings: Mapping[str, _Setting], problems: list[str]) -> Config:
@@ -178,9 +174,7 @@ def _build(settings: Mapping[str, _Setting], problems: list[str]) -> Config:
     groups = {}
     for group, cls in GROUPS.items():
         values = {
-            key.partition(".")[2]: setting.value
-            for key, setting in settings.items()
-            if key.startswith(f"{group}.")
+            key.partition(".")[2]: setting.value for key, setting in settings.items() if key.startswith(f"{group}.")
         }
         try:
             groups[group] = cls(**values)

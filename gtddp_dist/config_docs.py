@@ -7,7 +7,6 @@ import textwrap
 import typing
 from types import UnionType
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from .config_schema import GROUPS
@@ -36,9 +35,7 @@ def option_docs() -> list[OptionDoc]:
         hints = typing.get_type_hints(cls, include_extras=True)
         fields: dict[str, FieldInfo] = cls.__pydantic_fields__  # type: ignore[attr-defined]
         for name, info in fields.items():
-            docs.append(
-                OptionDoc(f"{group}.{name}", _type_name(hints[name]), _default(info), info.description or "")
-            )
+            docs.append(OptionDoc(f"{group}.{name}", _type_name(hints[name]), _default(info), info.description or ""))
     return docs
 
 
@@ -65,15 +62,15 @@ def _type_name(annotation: object) -> str:
         return _SCALARS[annotation]
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
-        return " ".join([_type_name(args[0]), *_limits(args[1:])])
+        return f"{_type_name(args[0])} {' and '.join(_limits(args[1:]))}".strip()
     if origin is typing.Literal:
         return "|".join(str(choice) for choice in args)
     if origin in (typing.Union, UnionType):
         return ", or ".join(_type_name(arg) for arg in args)
     if origin is tuple:
         if args[1:] == (...,):
-            return f"list of {_type_name(args[0])}"
-        return f"list of {len(args)}: {_type_name(args[0])}"
+            return f"list, each {_type_name(args[0])}"
+        return f"list of {len(args)}, each {_type_name(args[0])}"
     raise TypeError(f"the schema uses a type that has no name in the docs: {annotation!r}")
 
 
@@ -82,13 +79,8 @@ def _limits(metadata: tuple[object, ...]) -> list[str]:
     limits = []
     for item in metadata:
         for limit in item.metadata if isinstance(item, FieldInfo) else (item,):
-            match limit:
-                case Ge(bound):
-                    limits.append(f">= {bound}")
-                case Gt(bound):
-                    limits.append(f"> {bound}")
-                case Le(bound):
-                    limits.append(f"<= {bound}")
-                case Lt(bound):
-                    limits.append(f"< {bound}")
+            for attribute, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")):
+                bound = getattr(limit, attribute, None)
+                if bound is not None:
+                    limits.append(f"{sign} {bound}")
     return limits

@@ -347,9 +347,7 @@ def _schedule_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
     defaults = ScheduleConfig()
     for key, name in (("min_factor", "cosine"), ("milestones", "step"), ("gamma", "step")):
         if name != schedule.name and getattr(schedule, key) != getattr(defaults, key):
-            yield Problem(
-                (f"schedule.{key}", "schedule.name"), f"only schedule.name={name} uses schedule.{key}"
-            )
+            yield Problem((f"schedule.{key}", "schedule.name"), f"only schedule.name={name} uses schedule.{key}")
     if schedule.name == "step" and not schedule.milestones:
         yield Problem(("schedule.name",), "schedule.name=step needs schedule.milestones, a list of steps")
     if list(schedule.milestones) != sorted(set(schedule.milestones)):

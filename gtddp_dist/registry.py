@@ -91,14 +91,20 @@ DATA_SETS: Mapping[str, DataEntry] = {
 
 
 def nearest(word: str, candidates: Iterable[str], count: int = 3) -> list[str]:
-    """Candidates most like `word`, best first; for dotted keys a match of the last part counts too."""
-    known = list(candidates)
-    leaf = word.rpartition(".")[2]
-    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
-    close = difflib.get_close_matches(word, known, n=count, cutoff=0.6)
-    leaves = {key.rpartition(".")[2]: key for key in reversed(known)}
-    close_leaf = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=count, cutoff=0.7)]
-    return list(dict.fromkeys(same_leaf + close + close_leaf))[:count]
+    """Keys most like the dotted `word`, best first, at most `count`.
+
+    The last parts are compared, and what stands before them decides between equals: compared as a whole, any two
+    keys of one group would look alike.
+    """
+    group, _, leaf = word.rpartition(".")
+    scores: dict[str, float] = {}
+    for candidate in candidates:
+        candidate_group, _, candidate_leaf = candidate.rpartition(".")
+        likeness = difflib.SequenceMatcher(None, leaf, candidate_leaf).ratio()
+        if likeness >= 0.6:
+            same_place = difflib.SequenceMatcher(None, group, candidate_group).ratio()
+            scores[candidate] = likeness + 0.3 * same_place
+    return sorted(scores, key=lambda candidate: -scores[candidate])[:count]
 
 
 def nearest_first(word: str, candidates: Iterable[str]) -> list[str]:

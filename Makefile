@@ -1,0 +1,39 @@
+# Everything works from a fresh clone: each target sets up what it needs in .venv first.
+#   make CONSTRAINTS=constraints/cuda.txt venv     another platform's tested versions
+#   make PYTHON=python3.12 venv                    another interpreter
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints/cpu.txt
+VENV := .venv
+STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# The stamp is written last, so an interrupted installation is taken up again. It names the constraints, so another
+# platform's versions replace these.
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,lint]'
+	touch $@
+
+venv: $(STAMP)  ## create .venv with everything that training, tests and lint need
+
+train: $(STAMP)  ## train the small residual network on DIGITS, and the base optimizer beside it
+	$(VENV)/bin/gtddp train digits run.baseline=true
+
+test: $(STAMP)  ## run every test
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)  ## check style, formatting and types
+	$(VENV)/bin/ruff check gtddp_dist launch tests
+	$(VENV)/bin/ruff format --check gtddp_dist launch tests
+	$(VENV)/bin/mypy
+
+clean:  ## remove .venv, caches and build outputs; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find gtddp_dist launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""The command `gtddp`: arguments, messages and exit codes (`gtddp_dist.errors`); the work is done elsewhere.
+
+`--help` and errors in the configuration answer at once: torch is imported only for work that needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__, config_docs, errors
+from .config import Config, load_config, shipped_configs
+
+_EXIT_CODES = (
+    f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
+    f"{errors.REQUEUE} stopped on request with a checkpoint, continue with --resume"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command, `argv` or the process's own arguments; the exit code."""
+    arguments, words = _parse(argv)
+    try:
+        if arguments.command == "eval":
+            from .train import evaluate_run
+
+            return evaluate_run(arguments.run)
+        if arguments.resume is not None:
+            if words or arguments.check:
+                extra = words[0] if words else "--check"
+                raise errors.UserError(f"--resume continues a run as it was configured: leave out {extra!r}")
+            from .train import resume_training
+
+            return resume_training(arguments.resume)
+        return _train(words, check_only=arguments.check)
+    except errors.UserError as error:
+        print(f"gtddp: error: {error}", file=sys.stderr)
+        return errors.BAD_INPUT
+
+
+def _train(words: list[str], *, check_only: bool) -> int:
+    if not words or "=" in words[0]:
+        shipped = ", ".join(shipped_configs())
+        raise errors.UserError(f"train needs a config before any key=value. Shipped configs: {shipped}")
+    name, *overrides = words
+    config = load_config(name, overrides)
+    if check_only:
+        print(f"ok: {_summary(config)}")
+        return errors.OK
+    from .train import run_training
+
+    return run_training(config, Path(name).stem)
+
+
+def _summary(config: Config) -> str:
+    train = config.train
+    length = f"{train.epochs} epochs" if train.steps is None else f"{train.steps} steps"
+    return f"{config.optimizer.name} trains {config.model.name} on {config.data.name} for {length}"
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Arguments, and the words of `train` that are no flags: the config and its overrides, in order."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse fills a positional of many words from one run of them; words after a flag end up in `rest`.
+    flags = [word for word in rest if word.startswith("-")]
+    if flags or (rest and arguments.command != "train"):
+        parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
+    return arguments, [*getattr(arguments, "words", []), *rest]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gtddp",
+        description="Train residual networks with GT-DDP, a game-theoretic second-order optimizer.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gtddp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a network, or continue a run",
+        usage="gtddp train CONFIG [key=value ...] [--check]\n       gtddp train --resume RUN",
+        description="Train a network as a config says, in a new run directory; or continue a run.",
+        epilog=(
+            f"shipped configs: {', '.join(shipped_configs())}\n{_EXIT_CODES}\n\n"
+            "keys of a config, with their defaults; in a file the part before the dot is a group:\n"
+            f"{config_docs.render()}"
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG [key=value ...]",
+        help="name of a shipped config or path of a YAML file, then options that count over it, read as YAML",
+    )
+    train.add_argument("--resume", type=Path, metavar="RUN", help="continue the run in this directory")
+    train.add_argument("--check", action="store_true", help="check the configuration, and write nothing")
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a trained network",
+        description="Measure the network of a run directory on its validation set.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
