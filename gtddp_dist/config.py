@@ -24,13 +24,11 @@ from .config_schema import (
     LogConfig,
     ModelConfig,
     OptimizerConfig,
-    OptionValue,
     ParallelConfig,
     Problem,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
-    given_options,
 )
 from .errors import ConfigError
 from .registry import nearest, nearest_first
@@ -44,13 +42,11 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimizerConfig",
-    "OptionValue",
     "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",
     "from_yaml",
-    "given_options",
     "load_config",
     "shipped_configs",
     "to_yaml",
@@ -106,7 +102,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and path.name == name_or_path:
         if name_or_path in shipped_configs():
-            shipped = resources.files(__package__).joinpath("configs", f"{name_or_path}.yaml")
+            shipped = resources.files(__package__).joinpath("configs").joinpath(f"{name_or_path}.yaml")
             return shipped.read_text(encoding="utf-8"), f"shipped config {name_or_path}"
         if not path.is_file():
             listed = ", ".join(nearest_first(name_or_path, shipped_configs()))

@@ -19,9 +19,6 @@ from .registry import DATA_SETS, MODELS, OPTIMIZERS, nearest_first
 
 _GROUP = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-OptionValue = str | int | float | bool | tuple[int | float, ...]
-"""What an option that is set can hold."""
-
 
 def _known(kind: str, names: Iterable[str]) -> AfterValidator:
     def check(name: str) -> str:
@@ -282,19 +279,6 @@ class Problem:
     """Dotted keys that take part."""
     message: str
     """What is expected, and what to do."""
-
-
-def given_options(config: OptimizerConfig) -> dict[str, OptionValue]:
-    """The options of the optimizer that are set, by name, without `name`, `preset` and `no_decay`.
-
-    These can be passed on as keyword arguments to the optimizer's own constructors, which know the defaults.
-    """
-    options: dict[str, OptionValue] = {}
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if item.name not in ("name", "preset", "no_decay") and value is not None:
-            options[item.name] = value
-    return options
 
 
 def consistency_problems(config: Config) -> Iterator[Problem]:

@@ -18,7 +18,6 @@ from gtddp_dist.config import (
     ScheduleConfig,
     TrainConfig,
     from_yaml,
-    given_options,
     load_config,
     shipped_configs,
     to_yaml,
@@ -290,12 +289,6 @@ def test_a_config_cannot_be_inconsistent() -> None:
         TrainConfig(epochs=True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         TrainConfig().epochs = 3  # type: ignore[misc]
-
-
-def test_given_options() -> None:
-    assert given_options(OptimizerConfig(name="sgd")) == {}
-    config = OptimizerConfig(name="gtddp-adam", lr=0.1, betas=(0.9, 0.99), no_decay=True, replace_guard=False)
-    assert given_options(config) == {"lr": 0.1, "betas": (0.9, 0.99), "replace_guard": False}
 
 
 def test_every_option_of_the_registry_is_in_the_schema() -> None:
