@@ -1,0 +1,99 @@
+"""What a run is made of, built from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from . import schedule
+from .config_schema import Config
+from .data import DataSet
+from .data.batches import BatchOrder
+from .environment import select_device
+from .registry import DATA_SETS, MODELS, OPTIMIZERS, load_object
+from .training_state import Progress, TrainingState
+from .training_step import Precision, TrainingStep, evaluate
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """All that a run is made of, built from its configuration."""
+
+    config: Config
+    data: DataSet
+    model: nn.Module
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    step: TrainingStep
+    state: TrainingState
+    precision: Precision
+    order: BatchOrder
+    total_steps: int
+
+    def validate(self) -> dict[str, float]:
+        """Mean loss and accuracy on the validation set, as `val/loss` and `val/accuracy`."""
+        return validate(self.config, self.model, self.data, self.precision)
+
+
+def build(config: Config) -> Parts:
+    """Data, network, optimizer and schedule of a run at its start; a function of the configuration alone.
+
+    Raises UserError for what the configuration cannot say by itself: a batch larger than the data set, no
+    GPU, a network that the optimizer cannot take.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    precision = Precision(config.train.dtype, select_device(config.train.device))
+    data = load_data(config).to(precision.device)
+    order = BatchOrder(len(data.train_labels), config.train.batch_size, config.train.seed)
+    total_steps = config.train.steps or config.train.epochs * order.steps_per_epoch
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, data, precision)
+    new_optimizer = cast(
+        Callable[[nn.Module, Config], Optimizer], load_object(OPTIMIZERS[config.optimizer.name].builder)
+    )
+    optimizer = new_optimizer(model, config)
+    scheduler = LambdaLR(optimizer, lambda step: schedule.factor(config.schedule, step, total_steps))
+    scaler = precision.new_scaler()
+    return Parts(
+        config=config,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        step=TrainingStep(model, optimizer, scaler, precision, config.train),
+        state=TrainingState(model, optimizer, scheduler, scaler, Progress()),
+        precision=precision,
+        order=order,
+        total_steps=total_steps,
+    )
+
+
+def load_data(config: Config) -> DataSet:
+    """The data set that `data.name` names."""
+    load = cast(Callable[[object], DataSet], load_object(DATA_SETS[config.data.name].loader))
+    return load(config.data)
+
+
+def build_model(config: Config, data: DataSet, precision: Precision) -> nn.Module:
+    """The network that `model.name` names, for the images and classes of the data set."""
+    new_model = cast(Callable[..., nn.Module], load_object(MODELS[config.model.name].builder))
+    model = new_model(config.model, in_channels=data.in_channels, classes=data.classes)
+    return model.to(device=precision.device, dtype=precision.dtype)
+
+
+def validate(config: Config, model: nn.Module, data: DataSet, precision: Precision) -> dict[str, float]:
+    """Mean loss and accuracy of a model on the validation set, as `val/loss` and `val/accuracy`."""
+    return evaluate(
+        model,
+        data.validation_images,
+        data.validation_labels,
+        batch_size=config.eval.batch_size,
+        precision=precision,
+    )

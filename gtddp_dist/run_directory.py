@@ -1,0 +1,253 @@
+"""The directory that holds everything of one run.
+
+config.yaml          every option with its value
+environment.json     versions, hardware, revision of the code; one more entry for each resume
+metrics.jsonl        an object a line, by increasing step
+tb/                  the same numbers for TensorBoard, one curve across restarts
+checkpoints/         see gtddp_dist.checkpoint
+model.safetensors    parameters and buffers of the trained model, by their names in it
+curves.png, summary.json
+baseline/            the run of the base optimizer, where run.baseline asked for it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from .checkpoint import JSON, CheckpointError
+from .config import from_yaml, to_yaml
+from .config_schema import Config
+from .environment import describe_environment
+from .errors import UserError
+from .files import write_atomically, write_text_atomically
+
+DEFAULT_PARENT = Path("runs")
+_LOCK = ".lock"
+
+Record = dict[str, float]
+"""One line of metrics: the step and what was measured then."""
+
+
+class RunDirectory:
+    """Paths inside a run directory, and what is written there once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.environment_file = path / "environment.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.tensorboard = path / "tb"
+        self.checkpoints = path / "checkpoints"
+        self.model_file = path / "model.safetensors"
+        self.curves = path / "curves.png"
+        self.summary_file = path / "summary.json"
+        self.baseline = path / "baseline"
+
+    def read_config(self) -> Config:
+        """The configuration of the run. Raises UserError where there is none or it is not valid."""
+        if not self.path.is_dir():
+            raise UserError(f"there is no run directory {self.path}")
+        try:
+            text = self.config_file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.path} is not a run directory: cannot read its config.yaml: {error}") from error
+        return from_yaml(text, str(self.config_file))
+
+    def record_start(self, step: int) -> None:
+        """Adds where and when the run starts, or continues, to `environment.json`."""
+        entry: dict[str, JSON] = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "step": step,
+            **describe_environment(),
+        }
+        if self.environment_file.is_file():
+            first = cast(dict[str, JSON], json.loads(self.environment_file.read_text(encoding="utf-8")))
+            first["resumes"] = [*cast(list[JSON], first.get("resumes", [])), entry]
+            entry = first
+        write_text_atomically(self.environment_file, json.dumps(entry, indent=2) + "\n")
+
+    def read_summary(self) -> dict[str, JSON] | None:
+        """What was written at the end of training; None before."""
+        if not self.summary_file.is_file():
+            return None
+        return cast(dict[str, JSON], json.loads(self.summary_file.read_text(encoding="utf-8")))
+
+    def write_summary(self, summary: Mapping[str, JSON]) -> None:
+        """Writes `summary.json`."""
+        write_text_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def write_model(self, model: nn.Module, step: int) -> None:
+        """Writes `model.safetensors`, which says at which step it was taken."""
+        # A copy of each tensor: safetensors takes none that share memory.
+        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        metadata = {"format": "pt", "step": str(step)}
+        write_atomically(self.model_file, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def read_model(self) -> tuple[dict[str, Tensor], int]:
+        """Tensors of `model.safetensors` and the step at which it was taken. Raises CheckpointError."""
+        try:
+            with safe_open(self.model_file, framework="pt") as file:
+                names: list[str] = list(file.keys())
+                return {name: file.get_tensor(name) for name in names}, int(file.metadata()["step"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.model_file}: is not a model that this program wrote: {error}") from error
+
+
+@contextlib.contextmanager
+def new_run(config: Config, config_name: str) -> Iterator[RunDirectory]:
+    """A new run directory, locked while the block runs, with the configuration in it.
+
+    It is `run.dir`, or `runs/<config>-<time>` with the time in UTC. Raises UserError where `run.dir` is
+    already there and not empty.
+    """
+    run = RunDirectory(_new_path(config, config_name))
+    with _locked(run):
+        if any(item.name != _LOCK for item in run.path.iterdir()):
+            raise UserError(
+                f"run.dir = {run.path} is not empty: choose another, or continue the run there with --resume {run.path}"
+            )
+        write_text_atomically(run.config_file, to_yaml(config))
+        yield run
+
+
+@contextlib.contextmanager
+def existing_run(path: Path) -> Iterator[RunDirectory]:
+    """A run directory that is already there, locked while the block runs. Raises UserError where there is none."""
+    run = RunDirectory(path)
+    run.read_config()  # before the lock: a mistyped path should not get a lock file
+    with _locked(run):
+        yield run
+
+
+def _new_path(config: Config, config_name: str) -> Path:
+    if config.run.dir is not None:
+        path = Path(config.run.dir)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir = {path} cannot be made: {error}") from error
+        return path
+    name = f"{Path(config_name).stem}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
+    for attempt in range(1, 1000):
+        path = DEFAULT_PARENT / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue  # another run of this config started in the same second
+        except OSError as error:
+            raise UserError(f"the run directory {path} cannot be made: {error}; set run.dir") from error
+        return path
+    raise UserError(f"{DEFAULT_PARENT} already has 999 runs called {name}: set run.dir")
+
+
+@contextlib.contextmanager
+def _locked(run: RunDirectory) -> Iterator[None]:
+    """Keeps a second process out: two that write the same metrics and checkpoints would ruin both runs.
+
+    The lock belongs to the process, so that it ends with it, however it ends.
+    """
+    lock = FileLock(run.path / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"another process is training in {run.path}: wait until it ends, or choose another run.dir"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{run.path} cannot be locked, so nothing can be written there: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class MetricsLog:
+    """Writes `metrics.jsonl` and, where asked for, TensorBoard's files.
+
+    Args:
+        run: the run directory.
+        tensorboard: also write `tb/`.
+        from_step: the step that the run continues from. What was logged after it by a start that did not get
+        to its
+            next checkpoint is dropped, so that a curve has each step once.
+    """
+
+    def __init__(self, run: RunDirectory, *, tensorboard: bool, from_step: int | None = None) -> None:
+        if from_step is not None and run.metrics_file.exists():
+            kept = [line for line in _lines(run.metrics_file) if cast(int, line["step"]) <= from_step]
+            text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+            write_text_atomically(run.metrics_file, text)
+        self._file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._writer: SummaryWriter | None = None
+        if tensorboard:
+            # TensorBoard drops what it has from purge_step on when it comes to this file.
+            purge = None if from_step is None else from_step + 1
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge)
+
+    def write(self, step: int, measured: Mapping[str, float]) -> None:
+        """Adds a line. JSON has no NaN and no infinity: such a value is left out and its name listed in `nonfinite`."""
+        finite = {name: value for name, value in measured.items() if math.isfinite(value)}
+        line: dict[str, JSON] = {"step": step, **finite}
+        if len(finite) < len(measured):
+            line["nonfinite"] = [name for name in measured if name not in finite]
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for name, value in finite.items():
+                if name != "epoch":
+                    self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Puts all lines on the disk. To be called before a checkpoint: on resume the lines up to its step stay."""
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_metrics(run: RunDirectory) -> list[Record]:
+    """The lines of `metrics.jsonl`, numbers only. Raises UserError that names a line that is no JSON object."""
+    if not run.metrics_file.exists():
+        return []
+    return [
+        {name: value for name, value in line.items() if isinstance(value, int | float)}
+        for line in _lines(run.metrics_file)
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, JSON]]:
+    """Lines as objects. A last line without its end is dropped: the process died while it wrote it."""
+    text = path.read_text(encoding="utf-8")
+    lines = []
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: is not JSON: {error}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise UserError(f"{path}, line {number}: is not an object with a whole number as its step")
+        lines.append(value)
+    return lines

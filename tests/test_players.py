@@ -1,0 +1,182 @@
+"""Per-sample gradients, weighted gradients, inner products and every Gram path against torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from gtddp_dist.players import Scale, cheapest_gram_path, is_affine, is_supported, prepare, sample_gradients
+from gtddp_dist.players.affine import AffineGradients
+
+B = 5
+FACTOR = 3.0
+
+
+def conv(*args: object, **kwargs: object) -> Callable[[], nn.Module]:
+    return lambda: nn.Conv2d(*args, **kwargs)  # type: ignore[arg-type]
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (6,)),
+    "linear without bias": (lambda: nn.Linear(6, 4, bias=False), (6,)),
+    "linear on tokens": (lambda: nn.Linear(6, 4), (7, 6)),
+    "linear on a grid of tokens": (lambda: nn.Linear(6, 4), (3, 2, 6)),
+    "conv": (conv(3, 4, 3), (3, 6, 6)),
+    "conv without bias": (conv(3, 4, 3, bias=False), (3, 6, 6)),
+    "conv stride": (conv(3, 4, 3, stride=2, padding=1), (3, 6, 6)),
+    "conv stride that leaves a border": (conv(3, 4, 3, stride=2), (3, 8, 8)),
+    "conv 1x1": (conv(3, 4, 1, stride=2), (3, 5, 5)),
+    "conv rectangular": (conv(3, 4, (3, 2), stride=(1, 2), padding=(1, 0)), (3, 6, 5)),
+    "conv dilation": (conv(3, 4, 3, dilation=2, padding=2), (3, 6, 6)),
+    "conv groups": (conv(4, 6, 3, groups=2, padding=1), (4, 5, 5)),
+    "conv depthwise": (conv(4, 8, 3, groups=4), (4, 5, 5)),
+    "conv padding same": (conv(3, 4, 3, padding="same"), (3, 6, 6)),
+    "conv padding same, even kernel": (conv(3, 4, (2, 4), padding="same", dilation=(1, 2)), (3, 8, 8)),
+    "conv padding valid": (conv(3, 4, 3, padding="valid"), (3, 6, 6)),
+    "conv reflect": (conv(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (3, 6, 6)),
+    "conv circular same": (conv(3, 4, 3, padding="same", padding_mode="circular"), (3, 6, 6)),
+    "conv replicate, groups": (conv(4, 4, 3, padding=1, groups=2, padding_mode="replicate"), (4, 6, 6)),
+    "layer norm": (lambda: nn.LayerNorm(6), (6,)),
+    "layer norm on tokens": (lambda: nn.LayerNorm(6), (7, 6)),
+    "layer norm of two dimensions": (lambda: nn.LayerNorm((2, 6)), (3, 2, 6)),
+    "layer norm without shift": (lambda: nn.LayerNorm(6, bias=False), (7, 6)),
+    "group norm": (lambda: nn.GroupNorm(2, 6), (6, 3, 3)),
+    "group norm on vectors": (lambda: nn.GroupNorm(3, 6), (6,)),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(6), (6,)),
+    "batch norm 1d on sequences": (lambda: nn.BatchNorm1d(6), (6, 4)),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(6), (6, 3, 3)),
+    "batch norm 2d in evaluation mode": (lambda: nn.BatchNorm2d(6).eval(), (6, 3, 3)),
+    "batch norm 2d without running statistics": (
+        lambda: nn.BatchNorm2d(6, track_running_stats=False).eval(),
+        (6, 3, 3),
+    ),
+    "batch norm 3d": (lambda: nn.BatchNorm3d(2), (2, 2, 3, 3)),
+}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def build(name: str, freeze: str | None = None) -> tuple[nn.Module, Tensor, Tensor]:
+    make, shape = CASES[name]
+    torch.manual_seed(0)
+    module = make().double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            nn.init.uniform_(buffer, 0.5, 1.5)
+    if freeze is not None:
+        getattr(module, freeze).requires_grad_(False)
+    x = torch.randn(B, *shape, dtype=torch.float64)
+    y = torch.randn_like(module(x))
+    return module, x, y
+
+
+def reference(module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """torch.func's per-sample gradients of <f(x), FACTOR y>; BatchNorm: scale and shift expanded to B copies."""
+    controls = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    y = y * FACTOR
+    if isinstance(module, NORMS):
+        per_channel = (B, module.num_features) + (1,) * (x.ndim - 2)
+        copies = {n: p.detach().expand(B, -1).clone() for n, p in controls.items()}
+        batch = module.training or module.running_mean is None
+        mean = None if batch else module.running_mean
+        var = None if batch else module.running_var
+
+        def loss(scales: dict[str, Tensor]) -> Tensor:
+            # The statistics depend on the input alone, so the library's own normalisation may come first.
+            x_hat = nn.functional.batch_norm(x, mean, var, training=batch, eps=module.eps)
+            out = x_hat * scales["weight"].reshape(per_channel) + scales["bias"].reshape(per_channel)
+            return (out * y).sum()
+
+        return grad(loss)(copies)
+
+    def one(parameters: dict[str, Tensor], x_b: Tensor, y_b: Tensor) -> Tensor:
+        return (functional_call(module, parameters, (x_b[None],))[0] * y_b).sum()
+
+    detached = {n: p.detach() for n, p in controls.items()}
+    return vmap(grad(one), (None, 0, 0))(detached, x, y)
+
+
+def rows(grads: dict[str, Tensor]) -> Tensor:
+    return torch.cat([g.reshape(B, -1) for g in grads.values()], dim=1)
+
+
+def flat(values: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.cat([values[n].flatten() for n in names])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_products_agree_with_torch_func(name: str) -> None:
+    module, x, y = build(name)
+    S = reference(module, x, y)
+    names = list(S)
+    samples = sample_gradients(module, prepare(module, x), y, FACTOR)
+    torch.testing.assert_close(samples.per_sample(), S, rtol=1e-11, atol=1e-11)
+
+    weights = torch.randn(B, dtype=torch.float64)
+    expected = rows(S).mT @ weights
+    torch.testing.assert_close(flat(samples.weighted(weights), names), expected, rtol=1e-11, atol=1e-11)
+
+    direction = {n: torch.randn_like(g[0]) for n, g in S.items()}
+    expected = rows(S) @ flat(direction, names)
+    torch.testing.assert_close(samples.inner(direction), expected, rtol=1e-11, atol=1e-11)
+
+    scalar: dict[str, Scale] = {n: 0.5 + i for i, n in enumerate(names)}
+    diagonal: dict[str, Scale] = {n: torch.rand_like(g[0]) for n, g in S.items()}
+    mixed = {n: diagonal[n] if i else scalar[n] for i, n in enumerate(names)}
+    for metric in (scalar, diagonal, mixed):
+        expected = sum(((S[n] * metric[n]).flatten(1) @ S[n].flatten(1).mT for n in names), torch.zeros(B, B))
+        torch.testing.assert_close(samples.gram(metric), expected, rtol=1e-11, atol=1e-10)
+        if metric is scalar and isinstance(samples, AffineGradients):
+            for path in ("materialise", "positions"):
+                torch.testing.assert_close(samples.gram(metric, path), expected, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["linear on tokens", "conv groups", "group norm", "batch norm 2d"])
+@pytest.mark.parametrize("freeze", ["weight", "bias"])
+def test_a_frozen_parameter_is_no_control(name: str, freeze: str) -> None:
+    module, x, y = build(name, freeze)
+    full, _, _ = build(name)
+    S = reference(full, x, y)
+    del S[freeze]
+    (kept,) = S
+    samples = sample_gradients(module, prepare(module, x), y, FACTOR)
+    torch.testing.assert_close(samples.per_sample(), S, rtol=1e-11, atol=1e-11)
+    weights = torch.randn(B, dtype=torch.float64)
+    assert samples.weighted(weights).keys() == {kept}
+    torch.testing.assert_close(flat(samples.weighted(weights), [kept]), rows(S).mT @ weights, rtol=1e-11, atol=1e-11)
+    direction = {kept: torch.randn_like(S[kept][0])}
+    torch.testing.assert_close(samples.inner(direction), rows(S) @ direction[kept].flatten(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(samples.gram({kept: 2.0}), 2 * rows(S) @ rows(S).mT, rtol=1e-11, atol=1e-10)
+
+
+def test_weighted_gradient_is_autograds_own() -> None:
+    """With weights 1 the weighted gradient is what backward() would put into p.grad."""
+    for name in CASES:
+        module, x, y = build(name)
+        module.zero_grad()
+        (module(x) * y * FACTOR).sum().backward()
+        weighted = sample_gradients(module, prepare(module, x), y, FACTOR).weighted(torch.ones(B))
+        for parameter_name, parameter in module.named_parameters():
+            torch.testing.assert_close(weighted[parameter_name], parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_the_cheaper_gram_path_is_taken() -> None:
+    assert cheapest_gram_path(32, 1, 512, 10) == "positions"  # a linear layer: B^2 (I + O) against B^2 I O
+    assert cheapest_gram_path(32, 1024, 27, 64) == "materialise"  # many pixels, few channels
+    assert cheapest_gram_path(128, 16, 4608, 512) == "positions"  # few pixels, many channels
+    assert cheapest_gram_path(4096, 16, 4608, 512) == "materialise"  # its position matrix would not fit
+
+
+def test_only_exact_types_are_players() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    assert is_supported(nn.Linear(2, 2)) and is_affine(nn.Linear(2, 2))
+    assert not is_supported(Scaled(2, 2))
+    assert not is_affine(nn.BatchNorm2d(2))
