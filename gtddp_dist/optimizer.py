@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ class GTDDP(torch.optim.Optimizer):
         self._capture.attach()
 
     @classmethod
-    def paper(cls, model: nn.Module, curvature: Curvature, **options: object) -> Self:
+    def paper(cls, model: nn.Module, curvature: Curvature, **options: object) -> GTDDP:
         """The paper's own algorithm (options.PAPER); ``options`` override it, and take the constructor's others."""
         return cls(model, curvature, **{**PAPER, **options})  # type: ignore[arg-type]
 

@@ -223,7 +223,14 @@ def _cut_into_stages(
         elif node.op == "output":
             stage_of[node] = last
         elif node.op != "get_attr" and node not in stage_of:
-            stage_of[node] = max((stage_of[n] for n in node.all_input_nodes if n.op != "get_attr"), default=0)
+            reads = [n for n in node.all_input_nodes if n.op != "get_attr"]
+            if _changes_its_input(node, model):  # not before those who read the old value...
+                reads += [user for user in reads[0].users if user in stage_of]
+            # ...and those who read the new value not before it
+            reads += [
+                u for n in reads for u in n.users if u in stage_of and _changes_its_input(u, model) and u is not n
+            ]
+            stage_of[node] = max((stage_of[n] for n in reads), default=0)
             stage_of[node] = max(stage_of[node], 0)  # what precedes the first player belongs to its stage
 
     def live(cut: int) -> list[fx.Node]:
@@ -259,6 +266,22 @@ def _cut_into_stages(
     return Trajectory(tuple(stages), plain_parameters(model, modules), bind, assemble)
 
 
+def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
+    if not node.all_input_nodes:
+        return False
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or node.target in _OUT_OF_PLACE or bool(node.kwargs.get("inplace", False))
+
+
+def _is_last_reader(node: fx.Node) -> bool:
+    """Whether nobody reads the node's first input after it: then changing it in place makes no difference."""
+    first = node.args[0] if node.args else None
+    return isinstance(first, fx.Node) and all(user <= node for user in first.users)
+
+
 class _GraphStage:
     """Runs one stage's nodes. In-place sums become out of place: the states at the cuts are still needed."""
 
@@ -280,11 +303,13 @@ class _GraphStage:
             if node.op == "call_module":
                 env[node] = self.root.get_submodule(str(node.target))(*args, **kwargs)
             elif node.op == "call_function":
-                function = _OUT_OF_PLACE.get(node.target, node.target)
+                function = _OUT_OF_PLACE.get(node.target, node.target) if _is_last_reader(node) else node.target
                 env[node] = function(*args, **kwargs)  # type: ignore[operator]
             else:
-                method = str(node.target).removesuffix("_") if node.target in ("add_", "mul_", "sub_") else node.target
-                env[node] = getattr(args[0], str(method))(*args[1:], **kwargs)
+                method = str(node.target)
+                if method in ("add_", "mul_", "sub_") and _is_last_reader(node):
+                    method = method.removesuffix("_")
+                env[node] = getattr(args[0], method)(*args[1:], **kwargs)
         return tuple(env[node] for node in self.after)
 
 

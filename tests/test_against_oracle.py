@@ -224,7 +224,7 @@ def test_values_and_policies_in_explicit_form(net: str, control: str, value: str
 @pytest.mark.parametrize("value", ["batch", "block_diagonal"])
 def test_replace_where_it_amplifies(guard: bool, value: str) -> None:
     """At a rate where the spectral radius of M H passes 1: clamping, with and without the guard."""
-    mode = {"terminal": "loss_gradient", "rollout": "linear", "control_hessian": "replace", "value_hessian": value}
+    mode: dict[str, Any] = {"terminal": "loss_gradient", "control_hessian": "replace", "value_hessian": value}
     net = NETS["small_resnet"]
     BASES["sgd fast"] = ("SGD", {"lr": 3.0})
     try:

@@ -1,0 +1,298 @@
+"""Stages, players, cuts and live tensors of ordinary models; and the errors of models that cannot be taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import NETS
+from torch import Tensor, nn
+
+from gtddp_dist import GTDDP, curvature
+from gtddp_dist.errors import ModelError
+from gtddp_dist.models.torchvision_import import import_torchvision
+from gtddp_dist.tracing import trace
+from gtddp_dist.trajectory import Trajectory
+
+
+def players(trajectory: Trajectory) -> list[list[str]]:
+    return [list(player.modules) for player in trajectory.players]
+
+
+def live(trajectory: Trajectory) -> list[int]:
+    return [len(stage.live_before) for stage in trajectory.stages]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_stages_are_those_a_reader_would_write(net: str) -> None:
+    """Players, their controls and the number of live tensors at every cut, against stages written by hand."""
+    trajectory = trace(NETS[net].model())
+    by_hand = NETS[net].stages
+    assert [set(p.controls()) for p in trajectory.players] == [set(stage.parameters) for stage in by_hand]
+    assert live(trajectory) == [len(stage.live) for stage in by_hand]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_running_the_stages_is_running_the_model(net: str) -> None:
+    model = NETS[net].model()
+    x, _ = NETS[net].batch(3)
+    trajectory = trace(model)
+    values = trajectory.bind(x)
+    for stage in trajectory.stages:
+        assert len(values) == len(stage.live_before)
+        values = stage.run(values)
+    torch.testing.assert_close(trajectory.assemble(values), model(x), rtol=0, atol=0)
+
+
+def test_resnet18_as_it_is() -> None:
+    trajectory = trace(import_torchvision("torchvision.models").resnet18(num_classes=10))
+    assert len(trajectory.stages) == 18
+    assert players(trajectory)[0] == ["conv1", "bn1"]
+    assert players(trajectory)[6] == [
+        "layer2.0.conv2",
+        "layer2.0.bn2",
+        "layer2.0.downsample.0",
+        "layer2.0.downsample.1",
+    ]
+    assert trajectory.players[6].shortcut == ("layer2.0.downsample.0", "layer2.0.downsample.1")
+    # One state between blocks, two inside: the residual state crosses the first stage of every block.
+    assert live(trajectory) == [1, *([1, 2] * 8), 1]
+    table = str(trajectory)
+    for word in ("layer4.1.conv2", "BatchNorm2d", "maxpool, layer1_0_relu", "layer3.0.downsample.0"):
+        assert word in table
+
+
+def test_two_layers_with_one_input_and_one_sum_are_one_player() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.a, self.b, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x))
+            return self.last(torch.tanh(self.a(h).add(self.b(h))))
+
+    assert players(trace(Sum())) == [["first"], ["a", "b"], ["last"]]
+
+
+def test_a_shortcut_whose_branch_is_read_elsewhere_stays_a_player_of_its_own() -> None:
+    class Tapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.u, self.v, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x))
+            projected = self.v(h)
+            return self.last(torch.tanh(self.u(h * projected) + projected))
+
+    assert players(trace(Tapped())) == [["first"], ["v"], ["u"], ["last"]]
+
+
+def test_normalisation_joins_only_what_it_directly_follows() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 2)
+    )
+    assert players(trace(model)) == [["0", "1"], ["3"], ["5"]]
+
+
+def test_frozen_modules_are_operations() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    assert players(trace(model)) == [["0"], ["4"]]
+
+
+def test_flags_sizes_and_a_tracing_that_leaves_the_model_alone() -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(1, 2, 3), nn.Linear(32, 2)
+
+        def forward(self, x: Tensor, features_only: bool = False) -> Tensor:
+            batch, _, _, _ = x.shape
+            h = torch.relu(self.first(x)).reshape(batch, -1)
+            return h if features_only else self.last(h)
+
+    model = Flagged().eval()
+    model.first.train()
+    trajectory = trace(model)
+    assert not model.training and model.first.training and not model.last.training
+    assert players(trajectory) == [["first"], ["last"]]
+    model.train()
+    x, y = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 0, 1])
+    optimizer = GTDDP(model, curvature.SGD(lr=0.1), rollout="nonlinear")
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.steps == 1
+
+
+class Dynamic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # the line that torch.fx cannot pass
+            return self.layer(x)
+        return self.layer(-x)
+
+
+def test_an_untraceable_model_is_told_where_and_what_to_do() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Dynamic(), nn.Linear(4, 2))
+    with pytest.raises(ModelError) as error:
+        GTDDP(model, curvature.SGD(lr=0.1))
+    message = str(error.value)
+    assert "module '1' (Dynamic)" in message
+    assert "test_trajectory.py:" in message and "if x.sum() > 0" in message
+    assert "plain_modules=['1']" in message and "GTDDP(model, stages=" in message
+
+
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+def test_stages_by_hand_take_the_same_step_as_the_trace(rollout: str) -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    traced, by_hand = build(), build()
+    for model, stages in ((traced, None), (by_hand, [by_hand[0:2], by_hand[2:4], by_hand[4]])):
+        optimizer = GTDDP(model, curvature.Adam(lr=0.1), stages=stages, rollout=rollout)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for a, b in zip(traced.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_an_untraceable_model_trains_with_stages_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), Dynamic(), nn.Linear(4, 2))
+    optimizer = GTDDP(model, curvature.SGD(lr=0.1), stages=list(model), rollout="nonlinear")
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_bad_stages_are_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=r"no stage holds module '2'"):
+        GTDDP(model, curvature.SGD(), stages=[model[0]])
+    with pytest.raises(ModelError, match=r"stages\[1\] \(Tanh\) has no trainable"):
+        GTDDP(model, curvature.SGD(), stages=list(model))
+    with pytest.raises(ModelError, match=r"stages\[1\].*in an earlier stage"):
+        GTDDP(model, curvature.SGD(), stages=[model[0:2], model])
+    with pytest.raises(ModelError, match=r"stages\[1\].*not a module of the model"):
+        GTDDP(model, curvature.SGD(), stages=[model, nn.Linear(2, 2)])
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 0.7, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_a_parameter_of_an_unsupported_module_is_named_and_can_be_plain() -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), Scaled(), nn.Tanh(), nn.Linear(4, 2)).double()
+
+    with pytest.raises(ModelError, match=r"'1\.scale' belongs to module '1' \(Scaled\).*plain_modules=\['1'\]"):
+        GTDDP(build(), curvature.SGD())
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    for rollout in ("linear", "nonlinear"):
+        for capture in ("gradient", "weighted"):
+            ours, theirs = build(), build()
+            optimizer = GTDDP(
+                ours,
+                curvature.SGD(lr=0.1),
+                plain_modules=["1"],
+                rollout=rollout,
+                capture=capture,
+                gauss_newton_weight=1.0,
+            )
+            assert "base update without feedback: 1.scale" in str(optimizer.trajectory)
+            F.cross_entropy(ours(x), y).backward()
+            optimizer.step()
+            F.cross_entropy(theirs(x), y).backward()
+            torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+            torch.testing.assert_close(ours.get_parameter("1.scale"), theirs.get_parameter("1.scale"))
+            assert not torch.allclose(ours.get_parameter("3.weight"), theirs.get_parameter("3.weight"), rtol=1e-6)
+
+
+def test_parameters_of_the_model_itself_can_be_plain() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * self.scale
+
+    with pytest.raises(ModelError, match=r"'scale' belongs to the model itself \(Direct\).*plain_modules=\[''\]"):
+        GTDDP(Direct(), curvature.SGD())
+    model = Direct()
+    optimizer = GTDDP(model, curvature.SGD(lr=0.1), plain_modules=[""], rollout="nonlinear")
+    F.cross_entropy(model(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
+    optimizer.step()
+    assert not torch.equal(model.scale, torch.ones(2))
+
+
+def test_weight_tying_is_refused() -> None:
+    shared = nn.Linear(3, 3)
+    with pytest.raises(ModelError, match=r"module '0' is called twice in one forward"):
+        GTDDP(nn.Sequential(shared, nn.Tanh(), shared), curvature.SGD())
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
+    with pytest.raises(ModelError, match=r"'2\.weight' is the same tensor as '0\.weight'"):
+        GTDDP(tied, curvature.SGD())
+
+
+def test_nothing_to_train_lazy_modules_and_unknown_names() -> None:
+    with pytest.raises(ModelError, match="nothing to train"):
+        GTDDP(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), curvature.SGD())
+    with pytest.raises(ModelError, match=r"'0\.weight' is not initialised"):
+        GTDDP(nn.Sequential(nn.LazyLinear(2)), curvature.SGD())
+    with pytest.raises(ModelError, match="no module 'attention'"):
+        GTDDP(nn.Sequential(nn.Linear(2, 2)), curvature.SGD(), plain_modules=["attention"])
+
+
+def test_samples_must_stay_in_dimension_0() -> None:
+    class Merged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x.reshape(-1, 3))
+
+    model = Merged()
+    GTDDP(model, curvature.SGD())
+    with pytest.raises(ModelError, match=r"module 'layer' saw 20 rows where the batch has 4 samples"):
+        model(torch.randn(4, 5, 3))
+
+
+def test_a_live_tensor_changed_in_place_is_found() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.a(x))
+            g = h + torch.tanh(self.b(h * 1.0))
+            return torch.relu_(h) + g  # not before the sum has read the old h
+
+    model = InPlace()
+    GTDDP(model, curvature.SGD(), rollout="nonlinear")
+    with pytest.raises(ModelError, match=r"live tensor 'tanh' at cut 1 was changed in place"):
+        model(torch.randn(4, 3))
