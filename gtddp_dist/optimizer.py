@@ -242,6 +242,15 @@ class GTDDP(torch.optim.Optimizer):
             grad = self._parameters[name].grad
             if grad is not None:
                 grads[name] = grad if sign > 0 else -grad
+        if not weighted:
+            for player in self.trajectory.players:
+                for name in player.controls().keys() - grads.keys():
+                    module = player.modules[name.rpartition(".")[0]]
+                    if any(module in m.derivatives["gradient"] for m in work.samples.micro_batches):
+                        raise StepError(
+                            f"parameter '{name}' has no gradient, though a backward pass reached its module: call "
+                            "loss.backward() on the whole graph, and clear gradients with zero_grad() alone"
+                        )
         if weighted:
             weights_N = torch.cat([self._weights(group) for group in work.groups])
             for player in self.trajectory.players:
