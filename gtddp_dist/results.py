@@ -18,7 +18,7 @@ Summary = Mapping[str, JSON]
 
 
 def summarise(parts: Parts, records: Sequence[Record]) -> dict[str, JSON]:
-    """The numbers of a run that has ended, from its metrics; null where the number was not finite.
+    """The numbers of a run that has ended, from its metrics; null where a number was not finite or not measured.
 
     `train/loss` is the mean over the steps of the last epoch, as the log has it: a single line of the log is
     a mean over few batches. `val/...` is of the end, `val/accuracy_best` the highest of all evaluations.
@@ -28,6 +28,7 @@ def summarise(parts: Parts, records: Sequence[Record]) -> dict[str, JSON]:
     best = max(records, key=lambda record: record.get("val/accuracy", -1.0))
     return {
         "optimizer": config.optimizer.name,
+        "finished": progress.step == parts.total_steps,
         "steps": progress.step,
         "epochs": progress.step / parts.order.steps_per_epoch,
         "seconds": progress.seconds,
@@ -36,7 +37,7 @@ def summarise(parts: Parts, records: Sequence[Record]) -> dict[str, JSON]:
         "val/loss": last.get("val/loss"),
         "val/accuracy": last.get("val/accuracy"),
         "val/accuracy_best": best.get("val/accuracy"),
-        "val/accuracy_best_step": int(best["step"]),
+        "val/accuracy_best_step": int(best["step"]) if "val/accuracy" in best else None,
         "skipped_steps": progress.skipped,
         "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
         "seed": config.train.seed,
@@ -53,7 +54,7 @@ def results_table(summaries: Sequence[Summary]) -> str:
     """The results of one or several runs side by side."""
     rows = [
         (
-            summary["optimizer"],
+            f"{summary['optimizer']}" + ("" if summary["finished"] else f"\n(stopped at step {summary['steps']})"),
             _number(summary["train/loss"], ".4g"),
             _number(summary["val/loss"], ".4g"),
             _number(summary["val/accuracy"], ".2%"),
@@ -99,4 +100,4 @@ def _mean_train_loss(records: Sequence[Record], after: int) -> float | None:
 
 
 def _number(value: JSON, form: str) -> str:
-    return format(value, form) if isinstance(value, int | float) else "not finite"
+    return format(value, form) if isinstance(value, int | float) else "-"

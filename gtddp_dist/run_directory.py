@@ -115,11 +115,9 @@ def new_run(config: Config, config_name: str) -> Iterator[RunDirectory]:
     already there and not empty.
     """
     run = RunDirectory(_new_path(config, config_name))
+    _refuse_used(run)  # before the lock: a directory that is refused should not get a lock file
     with _locked(run):
-        if any(item.name != _LOCK for item in run.path.iterdir()):
-            raise UserError(
-                f"run.dir = {run.path} is not empty: choose another, or continue the run there with --resume {run.path}"
-            )
+        _refuse_used(run)
         write_text_atomically(run.config_file, to_yaml(config))
         yield run
 
@@ -152,6 +150,13 @@ def _new_path(config: Config, config_name: str) -> Path:
             raise UserError(f"the run directory {path} cannot be made: {error}; set run.dir") from error
         return path
     raise UserError(f"{DEFAULT_PARENT} already has 999 runs called {name}: set run.dir")
+
+
+def _refuse_used(run: RunDirectory) -> None:
+    if any(item.name != _LOCK for item in run.path.iterdir()):
+        raise UserError(
+            f"run.dir = {run.path} is not empty: choose another, or continue the run there with --resume {run.path}"
+        )
 
 
 @contextlib.contextmanager

@@ -43,8 +43,7 @@ def run_training(config: Config, config_name: str) -> int:
         with new_run(config, config_name) as run:
             print(f"{run.path}: {config.optimizer.name}, {config.model.name}, {config.data.name}, ", end="")
             print(f"{parts.total_steps} steps of {config.train.batch_size} samples", flush=True)
-            code = train(parts, run, stop)
-            return finish(config, run, stop) if code == OK else code
+            return finish(config, run, stop, train(parts, run, stop))
 
     return launcher("single").launch(work)
 
@@ -62,8 +61,8 @@ def resume_training(run_dir: Path) -> int:
             if is_finished(config, run):
                 print(f"{run.path} has ended already: nothing to do")
                 return OK
-            code = OK if run.read_summary() else resume(config, run, stop)
-            return finish(config, run, stop) if code == OK else code
+            code = OK if has_trained(run) else resume(config, run, stop)
+            return finish(config, run, stop, code)
 
     return launcher("single").launch(work)
 
@@ -131,7 +130,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
         while progress.step < parts.total_steps:
             if stop.requested:
                 save()
-                say(f"stopped by {stop.reason} at step {progress.step}: continue with gtddp train --resume {run.path}")
+                say(f"stopped by {stop.reason} at step {progress.step}, with a checkpoint")
                 return REQUEUE
             batch = parts.order.batch_indices(progress.step).to(parts.precision.device)
             images, labels = parts.data.train_images[batch], parts.data.train_labels[batch]
@@ -162,6 +161,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                     f"{progress.skipped_in_a_row} steps (train.max_nonfinite) was not finite. The weights are those "
                     f"before them ({run.checkpoints}). Try a lower optimizer.lr, train.clip_norm, or look at the data"
                 )
+                run.write_summary(summarise(parts, read_metrics(run)))
                 return FAILED
     run.write_model(parts.model, progress.step)
     run.write_summary(summarise(parts, read_metrics(run)))
@@ -218,27 +218,44 @@ def newest_checkpoint(run: RunDirectory, *, claim: bool = False) -> Checkpoint:
 
 def is_finished(config: Config, run: RunDirectory) -> bool:
     """Whether nothing is left to do: trained, and the baseline too where it was asked for."""
+    compared = not config.run.baseline or "baseline" in (run.read_summary() or {})
+    return has_trained(run) and compared and run.curves.exists()
+
+
+def has_trained(run: RunDirectory) -> bool:
+    """Whether all training steps of a run were done."""
     summary = run.read_summary()
-    return summary is not None and (not config.run.baseline or "baseline" in summary)
+    return summary is not None and summary["finished"] is True
 
 
-def finish(config: Config, run: RunDirectory, stop: StopRequest) -> int:
-    """After training: the baseline where `run.baseline` asks for it, `curves.png`, and the results in print."""
+def finish(config: Config, run: RunDirectory, stop: StopRequest, code: int) -> int:
+    """What follows on training, which ended with the exit code `code`; returns that of the whole run.
+
+    After OK: the baseline where `run.baseline` asks for it, then `curves.png`, and the results in print.
+    """
+    if code == OK and config.run.baseline:
+        code = train_baseline(config, run, stop)
+        if code == FAILED:
+            code = OK  # that the base optimizer diverges at these settings is a result: the table says so
+    if code == OK:
+        report(config, run)
+    if code == REQUEUE:
+        say(f"continue with: gtddp train --resume {run.path}")
+    return code
+
+
+def report(config: Config, run: RunDirectory) -> None:
+    """Draws and prints the results of a run, and of its baseline."""
     curves = {config.optimizer.name: read_metrics(run)}
     summaries = [run.read_summary() or {}]
     if config.run.baseline:
-        code = train_baseline(config, run, stop)
-        if code != OK:
-            return code
         baseline = RunDirectory(run.baseline)
         summaries.append(baseline.read_summary() or {})
         curves[baseline_config(config, run).optimizer.name] = read_metrics(baseline)
     plot_curves(run.curves, curves, f"{config.model.name} on {config.data.name}")
-    # Last: it says that nothing is left to do.
     run.write_summary(summaries[0] | ({"baseline": summaries[1]} if config.run.baseline else {}))
     print(results_table(summaries))
     print(where_things_are(config, run))
-    return OK
 
 
 def train_baseline(config: Config, run: RunDirectory, stop: StopRequest) -> int:
@@ -246,7 +263,7 @@ def train_baseline(config: Config, run: RunDirectory, stop: StopRequest) -> int:
     base = baseline_config(config, run)
     there = RunDirectory(run.baseline)
     if there.read_summary() is not None:
-        return OK
+        return OK  # it has ended, one way or the other
     print(f"now the base optimizer, {base.optimizer.name}, at the same settings", flush=True)
     if any(there.checkpoints.glob(f"*/{checkpoint.INDEX}")):
         with existing_run(there.path):

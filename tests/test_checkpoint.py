@@ -359,6 +359,10 @@ def test_a_restored_run_goes_on_bitwise(tmp_path: Path, optimizer: str, dtype: t
 
     resumed = make_state(optimizer, seed=1, dtype=dtype)  # other weights, other random numbers
     resumed.restore(saved)
+    tensors, values = resumed.collect()
+    assert values == saved.values and tensors.keys() == saved.tensors.keys()
+    for name, tensor in saved.tensors.items():
+        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
     take_steps(resumed, 3)
     expected, expected_values = unbroken.collect()
     got, got_values = resumed.collect()

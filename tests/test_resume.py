@@ -290,7 +290,7 @@ def test_a_signal_stops_the_command_with_a_checkpoint_to_be_requeued(number: sig
         process.kill()
     assert process.returncode == REQUEUE == 75, said
     assert f"stopped by {number.name} at step" in said
-    assert "continue with gtddp train --resume resumed" in said
+    assert "continue with: gtddp train --resume resumed" in said
 
     stopped = metrics("resumed")[-1]["step"]
     assert 5 <= stopped < 3000

@@ -28,7 +28,7 @@ from gtddp_dist.environment import _check_kernels, describe_environment, select_
 from gtddp_dist.errors import FAILED, OK, REQUEUE, UserError
 from gtddp_dist.launch import StopRequest, launcher
 from gtddp_dist.launch.stop import STOP_SIGNALS
-from gtddp_dist.parts import build
+from gtddp_dist.parts import Parts, build
 from gtddp_dist.run_directory import MetricsLog, RunDirectory, existing_run, new_run, read_metrics
 from gtddp_dist.schedule import factor
 from gtddp_dist.train import evaluate_run, resume_training, run_training, train
@@ -173,7 +173,7 @@ def test_two_processes_do_not_share_a_run_directory() -> None:
     with new_run(small(), "digits") as run:
         with pytest.raises(UserError, match="another process is training in run"):
             resume_training(run.path)
-        with pytest.raises(UserError, match="another process is training in run"):
+        with pytest.raises(UserError, match=r"run\.dir = run is not empty"):
             run_training(small(), "digits")
     with existing_run(Path("run")):  # free again
         pass
@@ -183,6 +183,11 @@ def test_what_cannot_be_built_leaves_no_run_directory() -> None:
     with pytest.raises(UserError, match=r"train\.batch_size is 2000"):
         run_training(small("train.batch_size=2000"), "digits")
     assert not Path("run").exists()
+    Path("theirs").mkdir()
+    Path("theirs/notes").touch()
+    with pytest.raises(UserError, match="theirs is not empty"):
+        run_training(small(run_dir="theirs"), "digits")
+    assert [path.name for path in Path("theirs").iterdir()] == ["notes"]
     Path("file").touch()
     with pytest.raises(UserError, match=r"run\.dir = file/run cannot be made"):
         run_training(small(run_dir="file/run"), "digits")
@@ -398,7 +403,8 @@ def test_too_many_refused_steps_in_a_row_end_training_with_a_checkpoint(
     lines = metrics_of("run")
     assert [line.get("train/skipped") for line in lines] == [1, 2, 3]
     assert lines[1]["nonfinite"] == ["train/loss", "train/accuracy"]
-    assert not Path("run/summary.json").exists()
+    assert json.loads(Path("run/summary.json").read_text())["finished"] is False
+    assert not Path("run/model.safetensors").exists()
     # Resuming does not start the count again.
     assert resume_training(Path("run")) == FAILED
     assert metrics_of("run")[-1]["step"] == 4
@@ -437,7 +443,33 @@ def test_the_baseline_is_the_base_optimizer_at_the_same_settings(capsys: pytest.
         assert f"{numbers['val/accuracy']:.2%}" in table[name]
 
 
-def test_a_run_that_was_stopped_in_its_baseline_continues_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_baseline_that_diverges_is_a_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gtddp_dist import train as module
+
+    def with_a_bad_baseline(config: Config) -> Parts:
+        parts = build(config)
+        if config.optimizer.name == "sgd":
+            parts.data.train_images.fill_(float("nan"))
+        return parts
+
+    monkeypatch.setattr(module, "build", with_a_bad_baseline)
+    config = small("optimizer.name=gtddp-sgd", "run.baseline=true", "train.max_nonfinite=2")
+    assert run_training(config, "digits") == OK
+    printed = capsys.readouterr()
+    assert "sgd" in printed.out and "(stopped at step 2)" in printed.out
+    assert "error: stopped at step 2" in printed.err
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert summary["finished"] is True and summary["val/accuracy"] > 0
+    assert summary["baseline"]["finished"] is False and summary["baseline"]["train/loss"] is None
+    assert resume_training(Path("run")) == OK
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_that_was_stopped_in_its_baseline_continues_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small("optimizer.name=gtddp-sgd", "run.baseline=true", "checkpoint.every=2")
     assert run_training(replace(config, run=replace(config.run, dir="whole")), "digits") == OK
 
@@ -450,6 +482,7 @@ def test_a_run_that_was_stopped_in_its_baseline_continues_there(monkeypatch: pyt
 
     monkeypatch.setattr(module, "train", train_until_4)
     assert run_training(config, "digits") == REQUEUE
+    assert "continue with: gtddp train --resume run\n" in capsys.readouterr().err
     assert "baseline" not in json.loads(Path("run/summary.json").read_text())
     assert resume_training(Path("run")) == OK
     assert resume_training(Path("run")) == OK  # nothing left to do
