@@ -394,6 +394,15 @@ def test_optimizer_state_is_keyed_by_the_name_of_its_parameter(tmp_path: Path) -
     assert restored.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"] != 0.01
 
 
+def test_optimizer_state_that_is_no_tensor_comes_back(tmp_path: Path) -> None:
+    state, restored = make_state("own state", seed=0), make_state("own state", seed=0)
+    take_steps(state, 2)
+    restored.restore(as_checkpoint(state, tmp_path))
+    weight = restored.model.get_parameter("first.weight")
+    assert restored.optimizer.state[weight]["seen"] == 2
+    assert restored.optimizer.state[weight]["high"].dtype == torch.float64  # in a float32 model
+
+
 def test_random_numbers_go_on_where_they_were(tmp_path: Path) -> None:
     state = make_state("sgd", seed=5)
     random.seed(5)
