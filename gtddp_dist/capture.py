@@ -10,7 +10,7 @@ A micro-batch counts once a backward pass has reached it; a forward without one 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -23,10 +23,10 @@ from torch.utils.hooks import RemovableHandle
 from .errors import ModelError
 from .trajectory import LiveValue, Trajectory, floating_tensors
 
-Cotangent = Callable[[Tensor, int], Tensor]
-"""(model output, index of its first sample in the step) -> curvature cotangent s at the output."""
-Stream = Literal["gradient", "cotangent"]
-"""Which derivative: of the loss, or the vector-Jacobian product of the curvature cotangent."""
+Cotangents = Callable[[Tensor, int], Tensor]
+"""(model output (B, C), index of its first sample in the step) -> cotangents at the output, (K, B, C)."""
+Stream = Literal["gradient", "sampled", "exact"]
+"""Which derivative: of the loss, or vector-Jacobian products of curvature cotangents."""
 Place = nn.Module | tuple[int, int]
 """Where a derivative was taken: a module's output, or (cut, position among its live values)."""
 
@@ -38,7 +38,7 @@ class MicroBatch:
     Attributes:
         samples: how many samples it had.
         inputs: module -> its input, detached.
-        derivatives: for each stream, place -> derivative, samples first.
+        derivatives: for each stream, place -> derivative; its rows are the samples, or K of them for each sample.
         live: for each cut, its live values, detached; empty unless states are kept.
         versions: for each cut, the version counters of its live tensors when they were kept.
         context: autocast and random state of the forward pass, to run it again; None unless states are kept.
@@ -46,7 +46,7 @@ class MicroBatch:
 
     samples: int
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
-    derivatives: dict[Stream, dict[Place, Tensor]] = field(default_factory=lambda: {"gradient": {}, "cotangent": {}})
+    derivatives: dict[Stream, dict[Place, Tensor]] = field(default_factory=lambda: {"gradient": {}})
     live: list[tuple[LiveValue, ...]] = field(default_factory=list)
     versions: list[list[int]] = field(default_factory=list)
     context: ForwardContext | None = None
@@ -100,7 +100,7 @@ class Capture:
         trajectory: its stages.
         keep_states: run the forward stage by stage and keep live values and their derivatives.
         skip_weight_grads: players' parameters get no ``grad`` (their weighted gradient is formed later, once).
-        cotangent: where the curvature cotangent is not the loss gradient: makes it from the model's output.
+        cotangents: streams besides the loss gradient: what makes their cotangents from the model's output.
     """
 
     def __init__(
@@ -110,13 +110,13 @@ class Capture:
         *,
         keep_states: bool,
         skip_weight_grads: bool,
-        cotangent: Cotangent | None,
+        cotangents: Mapping[Stream, Cotangents],
     ) -> None:
         self.model = model
         self.trajectory = trajectory
         self.keep_states = keep_states
         self.skip_weight_grads = skip_weight_grads
-        self.cotangent = cotangent
+        self.cotangents = cotangents
         self.names = {m: n for player in trajectory.players for n, m in player.modules.items()}
         self.attached = False
         self._micro_batches: list[MicroBatch] = []
@@ -162,7 +162,7 @@ class Capture:
             self.trajectory,
             keep_states=False,
             skip_weight_grads=False,
-            cotangent=None,
+            cotangents={},
         )
         copied.names = {}
         return copied
@@ -237,7 +237,7 @@ class Capture:
             derivatives[place] = derivatives[place] + grad if place in derivatives else grad.detach()
 
         tensor.register_hook(keep)
-        if self.cotangent is not None:
+        if self.cotangents:
             # Now: an in-place activation after the module will make `tensor` another node of the graph.
             self._edges[place] = get_gradient_edge(tensor)
 
@@ -255,27 +255,38 @@ class Capture:
                         f"live tensor '{self._live_name(cut, position)}' at cut {cut} was changed in place by a later "
                         "stage; the nonlinear rollout still needs it: use inplace=False there"
                     )
-        if self.cotangent is not None:
-            self._pull_back_cotangent(micro_batch, output, edges)
+        for stream, make in self.cotangents.items():
+            self._pull_back(micro_batch, output, edges, stream, make)
         self._samples_seen += micro_batch.samples
 
-    def _pull_back_cotangent(self, micro_batch: MicroBatch, output: object, edges: dict[Place, GradientEdge]) -> None:
-        """The vector-Jacobian products of the curvature cotangent: a backward pass that forms no weight gradient."""
-        assert self.cotangent is not None
+    def _pull_back(
+        self,
+        micro_batch: MicroBatch,
+        output: object,
+        edges: dict[Place, GradientEdge],
+        stream: Stream,
+        make: Cotangents,
+    ) -> None:
+        """Vector-Jacobian products of curvature cotangents: backward passes that form no weight gradient."""
         if not isinstance(output, Tensor) or output.ndim != 2:
-            raise ModelError("terminal='sampled' needs a model that returns logits of shape (samples, classes)")
-        cotangent = self.cotangent(output.detach(), self._samples_seen).to(output.dtype)
+            raise ModelError(f"terminal='{stream}' needs a model that returns logits of shape (samples, classes)")
+        products: dict[Place, list[Tensor]] = {}
         self._in_cotangent_pass = True
         try:
             with torch.autocast(output.device.type, enabled=False):
-                products = torch.autograd.grad(
-                    output, list(edges.values()), cotangent, retain_graph=True, allow_unused=True
-                )
+                for cotangent in make(output.detach(), self._samples_seen).to(output.dtype):
+                    pulled = torch.autograd.grad(
+                        output, list(edges.values()), cotangent, retain_graph=True, allow_unused=True
+                    )
+                    for place, product in zip(edges, pulled, strict=True):
+                        if product is not None:
+                            products.setdefault(place, []).append(product.detach())
         finally:
             self._in_cotangent_pass = False
-        for place, product in zip(edges, products, strict=True):
-            if product is not None:
-                micro_batch.derivatives["cotangent"][place] = product.detach()
+        micro_batch.derivatives[stream] = {
+            place: rows[0] if len(rows) == 1 else torch.stack(rows, dim=1).flatten(0, 1)
+            for place, rows in products.items()
+        }
 
     # ------------------------------------------------------------------------------------------------------
     # Stage by stage

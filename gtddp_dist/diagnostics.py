@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .groups import RecursionGroup
+from .options import Options
 from .sweep import StageReport
 
 
@@ -26,10 +26,6 @@ class Gains:
     gram: Tensor
     response: Tensor
     base_norm2: Tensor
-
-
-class _RhoOf(Protocol):
-    def rho(self, samples: int) -> float: ...
 
 
 @dataclass
@@ -57,9 +53,9 @@ class StepFacts:
         facts = self.players[player][group]
         facts.applied_v, facts.open_v = applied_v, open_v
 
-    def finish(self, groups: Sequence[RecursionGroup], phis: Sequence[Tensor], options: _RhoOf, stream: str) -> None:
+    def finish(self, groups: Sequence[RecursionGroup], phis: Sequence[Tensor], options: Options) -> None:
         """Note the change at the output: phi of every group at the last cut."""
-        if stream != "gradient" or not self.players:
+        if options.stream != "gradient" or not self.players:
             return  # with another cotangent phi says nothing about the loss itself
         terms = [
             g.share * g.weight * (phi + options.rho(g.samples) / 2 * phi**2).sum()

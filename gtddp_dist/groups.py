@@ -5,22 +5,20 @@ The samples of a step are one axis, micro-batch after micro-batch; recursion gro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .capture import MicroBatch, Stream
 from .errors import StepError
-from .players import SampleGradients, Scale, prepare, sample_gradients
-from .players.base import sum_tensors
+from .players import PlayerSamples, prepare, sample_gradients
 from .trajectory import Player
 
 Scope = Literal["batch", "micro_batch"] | int
 LossReduction = Literal["mean", "sum"]
-V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,10 @@ class RecursionGroup:
     samples: int
     weight: float
     share: float
+
+    def rows_of(self, per_sample: int) -> slice:
+        """The group's rows where every sample has that many."""
+        return slice(self.rows.start * per_sample, self.rows.stop * per_sample)
 
 
 def recursion_groups(
@@ -80,61 +82,6 @@ def recursion_groups(
     return groups
 
 
-@dataclass(frozen=True)
-class PlayerSamples:
-    """The matrix S of one player: its modules' side by side. Products with B numbers come back in float64."""
-
-    parts: Mapping[str, SampleGradients]
-
-    def gram(self, inverse_metric: Mapping[str, Scale]) -> Tensor:
-        """H = S R^-1 S^T, shape (B, B), for R^-1 by qualified parameter name."""
-        gram = sum_tensors(part.gram(_of_module(name, inverse_metric)).double() for name, part in self.parts.items())
-        return (gram + gram.mT) / 2
-
-    def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
-        """S d, shape (B,), for d by qualified parameter name."""
-        return sum_tensors(part.inner(_of_module(name, direction)).double() for name, part in self.parts.items())
-
-    def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
-        """S^T w, by qualified parameter name."""
-        return {
-            qualified(module, name): grad
-            for module, part in self.parts.items()
-            for name, grad in part.weighted(weights_B).items()
-        }
-
-    def per_sample(self) -> dict[str, Tensor]:
-        """S itself, by qualified parameter name: (B, *parameter shape)."""
-        return {
-            qualified(module, name): grad
-            for module, part in self.parts.items()
-            for name, grad in part.per_sample().items()
-        }
-
-    def rows(self, rows: slice) -> PlayerSamples:
-        """The same for some of the samples."""
-        return PlayerSamples(
-            {
-                name: sample_gradients(part.module, part.inputs[rows], part.output_grads[rows], part.factor)
-                for name, part in self.parts.items()
-            }
-        )
-
-
-def qualified(module: str, name: str) -> str:
-    """A parameter's name in the model."""
-    return f"{module}.{name}" if module else name
-
-
-def _of_module(module: str, values: Mapping[str, V]) -> dict[str, V]:
-    prefix = qualified(module, "")
-    return {
-        name.removeprefix(prefix): value
-        for name, value in values.items()
-        if name.startswith(prefix) and "." not in name.removeprefix(prefix)
-    }
-
-
 class StepSamples:
     """All micro-batches of a step, player by player.
 
@@ -145,8 +92,15 @@ class StepSamples:
 
     def __init__(self, micro_batches: Sequence[MicroBatch], factor: float | Tensor) -> None:
         self.micro_batches = micro_batches
-        self.factors: dict[Stream, float | Tensor] = {"gradient": factor, "cotangent": 1.0}
+        self.factors: dict[Stream, float | Tensor] = {"gradient": factor, "sampled": 1.0, "exact": 1.0}
         self.samples = sum(m.samples for m in micro_batches)
+
+    def rows_per_sample(self, stream: Stream) -> int:
+        """How many cotangents of this stream a sample has."""
+        for micro_batch in self.micro_batches:
+            for derivative in micro_batch.derivatives[stream].values():
+                return derivative.shape[0] // micro_batch.samples
+        return 1
 
     def of(self, player: Player, stream: Stream) -> PlayerSamples | None:
         """The player's S for every sample of the step; None where no derivative reached it."""
@@ -165,10 +119,13 @@ class StepSamples:
         shape = next(grad for grad in captured if grad is not None).shape[1:]
         raw = [m.inputs[module] for m in self.micro_batches]
         inputs = [prepare(module, x.to(dtype)) for x in raw]
+        per_sample = next(len(g) // len(x) for x, g in zip(raw, captured, strict=True) if g is not None)
+        if per_sample > 1:
+            inputs = [x.repeat_interleave(per_sample, dim=0) for x in inputs]
         # A micro-batch whose loss did not depend on this module has a derivative of zero.
         grads = [
             x.new_zeros(len(x), *shape, dtype=dtype) if grad is None else grad.to(dtype)
-            for x, grad in zip(raw, captured, strict=True)
+            for x, grad in zip(inputs, captured, strict=True)
         ]
         if len(inputs) == 1:
             return inputs[0], grads[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 from .capture import Stream
 from .errors import OptionError
 from .groups import RecursionGroup, StepSamples
+from .step import BaseStep
 from .sweep import Policy, Value, feedback_matrix
 from .trajectory import Trajectory
 
@@ -51,14 +52,6 @@ class ExplicitPolicy:
     live: Mapping[str, slice]
 
 
-@dataclass(frozen=True)
-class BaseStep:
-    """What an explicit policy needs besides the sweep's: R^-1 p and R^-1 of one player and group."""
-
-    base_step: Mapping[str, Tensor]
-    inverse_metric: Mapping[str, float | Tensor]
-
-
 class Inspector:
     """Holds a step's captured data and sweep; forms explicit matrices on demand."""
 
@@ -89,8 +82,12 @@ class Inspector:
         slopes, _ = self._slopes(cut, members, self.stream)
         self._guard(slopes.numel() ** 2)
         M = torch.diag(value.curvature) if value.curvature.ndim == 1 else value.curvature
-        gradient = members.weight * loss_slopes + value.slope[:, None] * slopes
-        return ExplicitValue(gradient, torch.einsum("bi,bc,cj->bicj", slopes, M, slopes), live)
+        B, n = loss_slopes.shape
+        by_sample = slopes.reshape(B, -1, n)  # K cotangents a sample
+        K = by_sample.shape[1]
+        gradient = members.weight * loss_slopes + (value.slope[:, None] * slopes).reshape(B, K, n).sum(1)
+        hessian = torch.einsum("bki,bkcl,clj->bicj", by_sample, M.reshape(B, K, B, K), by_sample)
+        return ExplicitValue(gradient, hessian, live)
 
     def policy(self, player: int, group: int) -> ExplicitPolicy:
         """See :meth:`gtddp_dist.GTDDP.policy`."""
@@ -105,15 +102,19 @@ class Inspector:
         )
         samples = self.samples.of(self.trajectory.players[player], self.stream)
         assert samples is not None
-        grads = samples.rows(members.rows).per_sample()
-        scaled_BU = torch.cat([(g * base.inverse_metric[name]).flatten(1).double() for name, g in grads.items()], dim=1)
-        base_U = torch.cat([base.base_step[name].flatten().double() for name in grads])
+        rows = self.samples.rows_per_sample(self.stream)
+        grads = samples.rows(members.rows_of(rows)).per_sample()
+        solved = [base.metric.solve({n: g[row] for n, g in grads.items()}) for row in range(members.samples * rows)]
+        scaled_BU = torch.stack([torch.cat([row[name].flatten().double() for name in grads]) for row in solved])
+        base_U = torch.cat([base.scaled[name].flatten().double() for name in grads])
         slopes, live = self._slopes(player, members, self.stream)
         self._guard(scaled_BU.shape[1] * slopes.numel())
         value = policy.value
         M = torch.diag(value.curvature) if value.curvature.ndim == 1 else value.curvature
         v = value.slope - M @ policy.open_response if policy.proximal else value.slope
-        gain = torch.einsum("cu,cb,bi->ubi", scaled_BU, feedback_matrix(policy), slopes)
+        response = scaled_BU.mT @ feedback_matrix(policy)  # (U, B K)
+        by_sample = (members.samples, rows, slopes.shape[1])
+        gain = torch.einsum("ubk,bki->ubi", response.reshape(-1, *by_sample[:2]), slopes.reshape(by_sample))
         controls, first = {}, 0
         for name, grad in grads.items():
             controls[name] = slice(first, first + grad[0].numel())
@@ -126,16 +127,17 @@ class Inspector:
         names = stages[cut].live_before if cut < len(stages) else stages[-1].live_after
         columns, live, first = [], {}, 0
         micro_batches = self.samples.micro_batches
+        per_sample = self.samples.rows_per_sample(stream)
         for position, name in enumerate(names):
             grads = [m.derivatives[stream].get((cut, position)) for m in micro_batches]
             if any(g is None for g in grads):
                 continue
-            rows = torch.cat([cast(Tensor, g).flatten(1) for g in grads])[group.rows].double()
+            rows = torch.cat([cast(Tensor, g).flatten(1) for g in grads])[group.rows_of(per_sample)].double()
             columns.append(rows * self.samples.factors[stream])
             live[name] = slice(first, first + rows.shape[1])
             first += rows.shape[1]
         if not columns:
-            return torch.zeros(group.samples, 0, dtype=torch.float64), live
+            return torch.zeros(group.samples * per_sample, 0, dtype=torch.float64), live
         return torch.cat(columns, dim=1), live
 
     def _guard(self, entries: int) -> None:

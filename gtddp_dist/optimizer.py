@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from .capture import Capture, MicroBatch, Stream
-from .curvature import Curvature
-from .curvature.base import State
-from .diagnostics import Gains, StepFacts
+from .capture import Capture, Cotangents, MicroBatch, Stream
+from .curvature import Controls, Curvature
+from .diagnostics import StepFacts
 from .errors import OptionError, StepError
-from .groups import PlayerSamples, RecursionGroup, StepSamples, recursion_groups
-from .inspection import BaseStep, ExplicitPolicy, ExplicitValue, Inspector
+from .groups import StepSamples, recursion_groups
+from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .options import PAPER, Options
-from .players import Scale
-from .sweep import Policy, Value, backward_stage, forward_stage, terminal_value
-from .terminal import sampled_cotangent
+from .step import Step
+from .terminal import exact_cotangents, sampled_cotangents
 from .tracing import trace
-from .trajectory import LiveValue, Player, floating_tensors, from_stages
-
-Grads = dict[str, Tensor]
-"""Something for every control of a player (or every parameter), by qualified name."""
-
-
-@dataclass
-class _Step:
-    """One step's working data. Nothing here outlives the step, unless it is inspected.
-
-    Attributes:
-        samples: the captured micro-batches, player by player.
-        groups: the recursion groups.
-        clip: factor by which the gradient was clipped.
-        statistics: new curvature statistics by parameter name, not yet in force.
-        policies: player index -> one policy a group.
-        values: for each cut, one value a group.
-        facts: what diagnostics are made of.
-        base_steps: player index -> R^-1 p and R^-1 of each group; only for inspection.
-    """
-
-    samples: StepSamples
-    groups: list[RecursionGroup]
-    clip: float | Tensor = 1.0
-    statistics: dict[str, State] = field(default_factory=dict)
-    policies: dict[int, list[Policy]] = field(default_factory=dict)
-    values: dict[int, list[Value]] = field(default_factory=dict)
-    facts: StepFacts = field(default_factory=StepFacts)
-    base_steps: dict[int, list[BaseStep]] = field(default_factory=dict)
+from .trajectory import Player, from_stages
 
 
 class GTDDP(torch.optim.Optimizer):
@@ -122,17 +91,28 @@ class GTDDP(torch.optim.Optimizer):
         self._inspect = inspect
         self._inspector: Inspector | None = None
         self._facts = StepFacts()
-        self._stream: Stream = "gradient" if self.options.terminal == "loss_gradient" else "cotangent"
-        self._feedback = self.options.gauss_newton_weight != 0
         self._device = trainable[0].device
         self._capture = Capture(
             model,
             self.trajectory,
-            keep_states=inspect or (self._feedback and self.options.rollout == "nonlinear"),
+            keep_states=inspect or (self.options.feedback and self.options.rollout == "nonlinear"),
             skip_weight_grads=self.options.capture == "weighted",
-            cotangent=self._cotangent if self._feedback and self._stream == "cotangent" else None,
+            cotangents=self._cotangents(),
         )
+        for player in self.trajectory.players:
+            self.curvature.check(self._controls(player))
         self._capture.attach()
+
+    def _cotangents(self) -> dict[Stream, Cotangents]:
+        """Streams besides the loss gradient that the sweep or the curvature needs."""
+        make: dict[Stream, Cotangents] = {
+            "sampled": lambda logits, first: sampled_cotangents(logits, self.options.seed, self.steps, first),
+            "exact": lambda logits, first: exact_cotangents(logits),
+        }
+        needed = {self.options.stream} if self.options.feedback else set()
+        if self.curvature.needs_samples:
+            needed.add(self.curvature.stream)
+        return {stream: make[stream] for stream in make if stream in needed}
 
     @classmethod
     def paper(cls, model: nn.Module, curvature: Curvature, **options: object) -> GTDDP:
@@ -184,15 +164,25 @@ class GTDDP(torch.optim.Optimizer):
         groups = recursion_groups(sizes, self.options.scope, self.options.replica_groups, self.options.loss_reduction)
         sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
         per_sample = (sum(sizes) if self.options.loss_reduction == "mean" else 1.0) * sign
-        work = _Step(StepSamples(micro_batches, per_sample / loss_scale), groups)
-        grads = self._gradients(work, sign, loss_scale)
-        if not self._finite(micro_batches, grads):
+        work = Step(
+            self._model,
+            self.trajectory,
+            self.options,
+            self.curvature,
+            self._controls,
+            StepSamples(micro_batches, per_sample / loss_scale),
+            groups,
+            self._device,
+            inspect=self._inspect,
+        )
+        self._fill_gradients(work, sign)
+        if not self._finite(micro_batches, work.grads):
             return self._refuse(loss)
-        if self._feedback:
-            self._backward_sweep(work, grads)
-            if not _all_finite([v.curvature.sum() + v.slope.sum() for v in work.values.get(0, [])]):
+        if self.options.feedback:
+            work.backward()
+            if not _all_finite([v.curvature.sum() + v.slope.sum() for v in work.values[0]]):
                 return self._refuse(loss)
-        self._forward_sweep(work, grads)
+        work.forward()
         self.steps += 1
         self.skipped_in_a_row = 0
         self._facts = work.facts
@@ -204,7 +194,7 @@ class GTDDP(torch.optim.Optimizer):
                 work.policies,
                 work.values,
                 work.base_steps,
-                self._stream,
+                work.stream,
             )
         return loss
 
@@ -234,9 +224,9 @@ class GTDDP(torch.optim.Optimizer):
             raise StepError("GradScaler.unscale_ was called before step(): give GTDDP(grad_scaler=scaler)")
         return self._grad_scaler.get_scale()
 
-    def _gradients(self, work: _Step, sign: float, loss_scale: float | Tensor) -> Grads:
-        """The step's mean gradient by parameter name, clipped; left out where the correction will hold it."""
-        grads: Grads = {}
+    def _fill_gradients(self, work: Step, sign: float) -> None:
+        """The step's mean gradient by parameter name, clipped; left out where it is formed with the correction."""
+        grads: dict[str, Tensor] = {}
         weighted = self.options.capture == "weighted"
         for name in self.trajectory.plain_parameters if weighted else self._parameters:
             grad = self._parameters[name].grad
@@ -252,34 +242,30 @@ class GTDDP(torch.optim.Optimizer):
                             "loss.backward() on the whole graph, and clear gradients with zero_grad() alone"
                         )
         if weighted:
-            weights_N = torch.cat([self._weights(group) for group in work.groups])
             for player in self.trajectory.players:
                 samples = work.samples.of(player, "gradient")
-                if samples is not None and not self._absorbs(player):
-                    grads.update(samples.weighted(weights_N))
+                if samples is not None and not work.absorbs(player):
+                    grads.update(samples.weighted(work.mean_weights()))
         if self.options.clip_norm is not None:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
             work.clip = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
             grads = {name: grad * work.clip for name, grad in grads.items()}
-        return grads
+        work.grads = grads
 
-    def _weights(self, group: RecursionGroup) -> Tensor:
-        """What the group's samples weigh in the step's mean gradient, shape (B,)."""
-        return torch.full((group.samples,), group.share * group.weight, dtype=torch.float64, device=self._device)
-
-    def _absorbs(self, player: Player) -> bool:
-        """Whether one weighted gradient serves the base step and the correction of this player."""
-        return (
-            self.options.capture == "weighted"
-            and self.options.clip_norm is None
-            and (self._stream == "gradient" or not self._feedback)
-            and all(
-                self.curvature.absorbs_correction(self._group_of[p], self.options.momentum_of)
-                for p in player.controls().values()
-            )
+    def _controls(self, player: Player | None) -> Controls:
+        parameters = (
+            {name: self._parameters[name] for name in self.trajectory.plain_parameters}
+            if player is None
+            else player.controls()
+        )
+        return Controls(
+            parameters,
+            {name: self.state[p] for name, p in parameters.items()},
+            {name: self._group_of[p] for name, p in parameters.items()},
+            player,
         )
 
-    def _finite(self, micro_batches: Sequence[MicroBatch], grads: Grads) -> bool:
+    def _finite(self, micro_batches: Sequence[MicroBatch], grads: Mapping[str, Tensor]) -> bool:
         if hasattr(self, "found_inf") and bool(self.found_inf):
             return False
         derivatives = [d for m in micro_batches for stream in m.derivatives.values() for d in stream.values()]
@@ -289,196 +275,6 @@ class GTDDP(torch.optim.Optimizer):
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
         return loss
-
-    # ------------------------------------------------------------------------------------------------------
-    # Backward
-
-    def _backward_sweep(self, work: _Step, grads: Grads) -> None:
-        """Value functions from the output to the input, a policy for every player on the way (Eq. 13-19)."""
-        options = self.options
-        like = torch.zeros((), dtype=torch.float64, device=self._device)
-        block_diagonal = options.value_hessian == "block_diagonal"
-        values = [
-            terminal_value(g.samples, g.weight, options.rho(g.samples), block_diagonal, like) for g in work.groups
-        ]
-        work.values[len(self.trajectory.stages)] = values
-        for player in reversed(self.trajectory.players):
-            samples = work.samples.of(player, self._stream)
-            metric = self._sweep_metric(work, grads, player, samples, values)
-            if samples is not None and metric is not None:
-                steps = []
-                for group, value in zip(work.groups, values, strict=True):
-                    gains = self._gains(work, grads, player, samples.rows(group.rows), group, metric)
-                    policy, value, report = backward_stage(
-                        value,
-                        gains.gram,
-                        gains.response,
-                        proximal=options.control_hessian == "proximal",
-                        guard=options.replace_guard,
-                    )
-                    steps.append((policy, value))
-                    work.facts.add(player.index, gains, report, group)
-                work.policies[player.index] = [policy for policy, _ in steps]
-                values = [value for _, value in steps]
-            work.values[player.index] = values
-
-    def _sweep_metric(
-        self, work: _Step, grads: Grads, player: Player, samples: PlayerSamples | None, values: list[Value]
-    ) -> dict[str, tuple[Mapping[str, Tensor], Scale]] | None:
-        """For every control the statistics of the sweep's metric, and R^-1; None where there are none yet."""
-        if self.options.metric == "current" and self.curvature.adaptive:
-            statistics_of = {name: grads[name] for name in player.controls() if name in grads}
-            if self.options.statistics == "value" and samples is not None:
-                # Q_u of Eq. 14 without the control cost: the mean gradient plus what V_z' holds beyond it.
-                slopes_N = torch.cat([g.share * v.slope for g, v in zip(work.groups, values, strict=True)])
-                beyond = samples.weighted(slopes_N)
-                statistics_of = {name: grad + beyond[name] for name, grad in statistics_of.items()}
-            self._new_statistics(work, statistics_of)
-        metric: dict[str, tuple[Mapping[str, Tensor], Scale]] = {}
-        for name, parameter in player.controls().items():
-            statistics = work.statistics.get(name, self.state[parameter])
-            inverse = self.curvature.inverse_metric(statistics, self._group_of[parameter])
-            if inverse is None:
-                return None
-            metric[name] = (statistics, inverse)
-        return metric
-
-    def _new_statistics(self, work: _Step, grads: Mapping[str, Tensor]) -> None:
-        for name, grad in grads.items():
-            parameter = self._parameters[name]
-            work.statistics[name] = self.curvature.statistics(
-                parameter, grad, self.state[parameter], self._group_of[parameter]
-            )
-
-    def _gains(
-        self,
-        work: _Step,
-        grads: Grads,
-        player: Player,
-        samples: PlayerSamples,
-        group: RecursionGroup,
-        metric: Mapping[str, tuple[Mapping[str, Tensor], Scale]],
-    ) -> Gains:
-        """H = S R^-1 S^T, q = S R^-1 p and p^T R^-1 p of one group, p = a g + e its own direction."""
-        inverse = {name: scale for name, (_, scale) in metric.items()}
-        gram = samples.gram(inverse)
-        controls = player.controls()
-        affine = {
-            name: self.curvature.direction(p, self.state[p], self._group_of[p], metric[name][0])
-            for name, p in controls.items()
-        }
-        shares = {a for a, _ in affine.values()}
-        formed = len(work.groups) == 1 and controls.keys() <= grads.keys()
-        if not formed and self._stream == "gradient" and len(shares) == 1 and not self._inspect:
-            # g = G^T omega 1 and S = G: the group's own gradient need not be formed.
-            ones = torch.full_like(gram[0], group.weight * shares.pop()) * work.clip
-            response, along = gram @ ones, ones @ gram @ ones
-            if any(e is not None for _, e in affine.values()):
-                rest = {n: torch.zeros_like(controls[n]) if e is None else e for n, (_, e) in affine.items()}
-                scaled = {name: inverse[name] * e for name, e in rest.items()}
-                of_rest = samples.inner(scaled)
-                response, along = response + of_rest, along + 2 * (ones @ of_rest) + _dot(rest, scaled)
-            return Gains(gram, response, along)
-        if not formed:
-            own = work.samples.of(player, "gradient")
-            if own is None:
-                raise StepError(f"player '{player.name}': the curvature cotangent reached it, the loss did not")
-            weights = torch.full_like(gram[0], group.weight) * work.clip
-            grads = own.rows(group.rows).weighted(weights)
-        direction = {name: a * grads[name] if e is None else e + a * grads[name] for name, (a, e) in affine.items()}
-        scaled = {name: inverse[name] * p for name, p in direction.items()}
-        if self._inspect:
-            work.base_steps.setdefault(player.index, []).append(BaseStep(scaled, inverse))
-        return Gains(gram, samples.inner(scaled), _dot(direction, scaled))
-
-    # ------------------------------------------------------------------------------------------------------
-    # Forward
-
-    def _forward_sweep(self, work: _Step, grads: Grads) -> None:
-        """Controls from the input to the output (Eq. 20), each applied as soon as it is known."""
-        self._update(work, self.trajectory.plain_parameters, grads, {})
-        nonlinear = self._feedback and self.options.rollout == "nonlinear"
-        phis = [torch.zeros(g.samples, dtype=torch.float64, device=self._device) for g in work.groups]
-        with self._second_forward() if nonlinear else contextlib.nullcontext():
-            lives = [m.live[0] for m in work.samples.micro_batches] if nonlinear else []
-            for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
-                weights = []
-                for index, policy in enumerate(work.policies.get(player.index, ())):
-                    v, moved = forward_stage(policy, phis[index])
-                    weights.append(v)
-                    work.facts.apply(player.index, index, v, forward_stage(policy, torch.zeros_like(moved))[0])
-                    if not nonlinear:
-                        phis[index] = phis[index] + moved
-                self._update_player(work, player, grads, weights)
-                if nonlinear:
-                    for index, micro_batch in enumerate(work.samples.micro_batches):
-                        assert micro_batch.context is not None
-                        with micro_batch.context.again():
-                            lives[index] = stage.run(lives[index])
-                    phis = self._real_feedback(work, player.index + 1, lives)
-        work.facts.finish(work.groups, phis, self.options, self._stream)
-
-    def _update_player(self, work: _Step, player: Player, grads: Grads, weights: list[Tensor]) -> None:
-        controls = tuple(player.controls())
-        if self._absorbs(player):
-            samples = work.samples.of(player, "gradient")
-            if samples is not None:
-                combined = [
-                    self._weights(g) + (g.share * weights[i] if weights else 0.0) for i, g in enumerate(work.groups)
-                ]
-                self._update(work, controls, samples.weighted(torch.cat(combined)), {})
-            return
-        correction: Grads = {}
-        if weights:
-            samples = work.samples.of(player, self._stream)
-            assert samples is not None
-            correction = samples.weighted(torch.cat([g.share * v for g, v in zip(work.groups, weights, strict=True)]))
-        self._update(work, controls, grads, correction)
-
-    def _update(self, work: _Step, names: Collection[str], grads: Grads, correction: Grads) -> None:
-        """The base step of some parameters; those that no gradient reached stay, as with torch.optim."""
-        names = [name for name in names if name in grads]
-        self._new_statistics(work, {name: grads[name] for name in names if name not in work.statistics})
-        for name in names:
-            parameter = self._parameters[name]
-            self.curvature.update(
-                parameter,
-                grads[name],
-                correction.get(name),
-                self.state[parameter],
-                self._group_of[parameter],
-                work.statistics.pop(name),
-                self.options.momentum_of,
-            )
-
-    def _real_feedback(self, work: _Step, cut: int, lives: list[tuple[LiveValue, ...]]) -> list[Tensor]:
-        """phi^b = <s_z^b, zhat^b - z^b>, summed over the live tensors of a cut, for every group."""
-        parts = []
-        for micro_batch, live in zip(work.samples.micro_batches, lives, strict=True):
-            phi = torch.zeros(micro_batch.samples, dtype=torch.float64, device=self._device)
-            derivatives = micro_batch.derivatives[self._stream]
-            for position, moved in floating_tensors(live):
-                slope = derivatives.get((cut, position))
-                if slope is not None:
-                    kept = cast(Tensor, micro_batch.live[cut][position])
-                    change = moved.float() - kept.float() if moved.dtype.itemsize < 4 else moved - kept
-                    phi = phi + (change * slope).flatten(1).sum(1).double()
-            parts.append(phi * work.samples.factors[self._stream])
-        phi_N = torch.cat(parts)
-        return [phi_N[group.rows] for group in work.groups]
-
-    @contextlib.contextmanager
-    def _second_forward(self) -> Iterator[None]:
-        """A forward pass that leaves the model's buffers (running statistics) as they were."""
-        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]
-        try:
-            yield
-        finally:
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
-
-    def _cotangent(self, logits: Tensor, first: int) -> Tensor:
-        return sampled_cotangent(logits, self.options.seed, self.steps, first)
 
     # ------------------------------------------------------------------------------------------------------
     # Looking at it
@@ -530,10 +326,6 @@ class GTDDP(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"GTDDP({self.curvature!r}, {asdict(self.options)}, players={len(self.trajectory.stages)})"
-
-
-def _dot(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> Tensor:
-    return torch.stack([(x[name] * y[name]).sum().double() for name in x]).sum()
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
+from .capture import Stream
 from .curvature import MomentumOf
 from .errors import OptionError
 from .groups import LossReduction, Scope
 
 ControlHessian = Literal["proximal", "replace"]
 ValueHessian = Literal["batch", "block_diagonal"]
-Terminal = Literal["loss_gradient", "sampled"]
+Terminal = Literal["loss_gradient", "sampled", "exact"]
 Rollout = Literal["linear", "nonlinear"]
 Statistics = Literal["gradient", "value"]
 Metric = Literal["current", "previous"]
@@ -28,7 +29,8 @@ class Options:
             recursion group's size.
         control_hessian: "proximal": Q_uu = R + F_u^T V_zz' F_u; "replace": Q_uu = R (Sec. 4.1).
         value_hessian: "batch": all of M; "block_diagonal": its diagonal (Sec. 4.2).
-        terminal: the curvature cotangent: "loss_gradient" (Prop. 5) or "sampled" labels of the softmax.
+        terminal: the curvature cotangent: "loss_gradient" (Prop. 5), "sampled" labels of the softmax, or "exact":
+            all columns of the softmax Hessian's factor, as many backward passes and rows a sample as classes.
         rollout: "linear", or "nonlinear": a second forward pass, stage by stage (Alg. 1).
         statistics: what second moments are made of: "gradient", or "value" (Q_u; needs metric "current").
         metric: the sweep's metric: "current", or "previous", the one the step before left.
@@ -83,6 +85,16 @@ class Options:
             raise OptionError(f"clip_norm={self.clip_norm!r}, expected a number > 0 or None")
         if self.seed < 0:
             raise OptionError(f"seed={self.seed!r}, expected a whole number >= 0")
+
+    @property
+    def feedback(self) -> bool:
+        """Whether there is a recursion at all."""
+        return self.gauss_newton_weight != 0
+
+    @property
+    def stream(self) -> Stream:
+        """The captured stream whose derivatives are the rows of S."""
+        return "gradient" if self.terminal == "loss_gradient" else self.terminal
 
     def rho(self, samples: int) -> float:
         """The Gauss-Newton weight for a recursion group of that many samples."""

@@ -9,8 +9,9 @@ where g_z and s_z are the plain back-propagated loss gradient and curvature cota
 only through its Gram matrix H = S R^-1 S^T and q = S R^-1 p, with S its per-sample gradients, R the metric of its
 control Hessian and p the direction its base optimizer would take (step = -R^-1 p).
 
-Equation numbers are those of arXiv 2007.08880. Shape suffixes: B samples of one recursion group.
-A block-diagonal M (Sec. 4.2) is kept as its diagonal, M_B; a full one is M_BB.
+Equation numbers are those of arXiv 2007.08880. Shape suffixes: B rows of S: the samples of one recursion group, or
+several curvature cotangents of each, next to each other. A block-diagonal M (Sec. 4.2) is kept as its diagonal, M_B,
+where a sample has one row; else, as a full one, it is M_BB.
 """
 
 from __future__ import annotations
@@ -65,23 +66,23 @@ class StageReport:
     clamped: Tensor
 
 
-def terminal_value(samples: int, weight: float, rho: float, block_diagonal: bool, like: Tensor) -> Value:
+def terminal_value(rows: int, weight: float, rho: float, diagonal: bool, like: Tensor) -> Value:
     """The value function at the output: V_z = omega phi_z, V_zz = omega rho s s^T (Prop. 5 and 6).
 
     Args:
-        samples: B, the number of samples in the recursion group.
+        rows: B, the rows of S in the recursion group.
         weight: omega, the weight of one sample in the objective (1/B for a mean).
         rho: the Gauss-Newton weight.
-        block_diagonal: keep only M's diagonal (Sec. 4.2).
+        diagonal: keep M as its diagonal, for samples of one row and a block-diagonal value Hessian (Sec. 4.2).
         like: a tensor whose dtype and device the value takes.
     """
-    slope = torch.zeros(samples, dtype=like.dtype, device=like.device)
-    diagonal = torch.full_like(slope, rho * weight)
-    return Value(slope, diagonal if block_diagonal else torch.diag(diagonal))
+    slope = torch.zeros(rows, dtype=like.dtype, device=like.device)
+    entries = torch.full_like(slope, rho * weight)
+    return Value(slope, entries if diagonal else torch.diag(entries))
 
 
 def backward_stage(
-    after: Value, gram_BB: Tensor, response_B: Tensor, *, proximal: bool, guard: bool
+    after: Value, gram_BB: Tensor, response_B: Tensor, *, proximal: bool, guard: bool, block: int | None = None
 ) -> tuple[Policy, Value, StageReport]:
     """One player's step of the backward Bellman sweep (Eq. 13-19).
 
@@ -91,6 +92,7 @@ def backward_stage(
         response_B: q = S R^-1 p, shape (B,).
         proximal: Q_uu = R + F_u^T V_zz' F_u; else Q_uu = R (Sec. 4.1, "replace").
         guard: in "replace" mode, scale M down to keep the spectral radius of M H at 1.
+        block: keep only the diagonal blocks of this many rows of a full M (Sec. 4.2, several rows a sample).
 
     Returns:
         The player's policy, the value function at the cut before the stage, and a report.
@@ -114,6 +116,9 @@ def backward_stage(
     # V_z = Q_z + Q_uz^T k and V_zz = Q_zz + Q_uz^T K (Eq. 18, 19), as c <- c - M a and M <- M - M N H M.
     c_before = c - _left(M, a_B)
     M_before = M - M * F_BB.diagonal() if M.ndim == 1 else _symmetric(M - M @ F_BB)
+    if block is not None and M_before.ndim == 2:
+        sample = torch.arange(len(M_before), device=H.device) // block
+        M_before = M_before * (sample[:, None] == sample)
     clamped = torch.zeros((), dtype=H.dtype, device=H.device)
     if not proximal:
         M_before, clamped = _positive_part(M_before)

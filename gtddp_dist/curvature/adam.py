@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..players import Scale
-from .base import Curvature, Group, MomentumOf, State, check, number
+from .base import Group, MomentumOf, State, check, number
+from .diagonal import DiagonalCurvature
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam(Curvature):
+class Adam(DiagonalCurvature):
     """torch.optim.Adam: m <- b1 m + (1 - b1) g; p = m / (1 - b1^t).
 
     The options are torch's; ``weight_decay`` is the L2 kind. With ``momentum_of="step"`` the first moment also keeps
@@ -42,7 +43,7 @@ class Adam(Curvature):
     def _l2(self, group: Group) -> float:
         return number(group, "weight_decay")
 
-    def statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
+    def parameter_statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
         _, beta2 = _betas(group)
         if self._l2(group):
             grad = grad.add(parameter, alpha=self._l2(group))
@@ -63,7 +64,7 @@ class Adam(Curvature):
         bias_correction = 1 - _betas(group)[1] ** float(statistics["step"])
         return number(group, "lr") / ((second / bias_correction).sqrt_().add_(number(group, "eps")))
 
-    def direction(
+    def parameter_direction(
         self, parameter: Tensor, state: State, group: Group, statistics: Mapping[str, Tensor]
     ) -> tuple[float, Tensor | None]:
         beta1, _ = _betas(group)
@@ -75,7 +76,7 @@ class Adam(Curvature):
             rest = kept if rest is None else rest + kept
         return fresh, rest
 
-    def update(
+    def update_parameter(
         self,
         parameter: Tensor,
         grad: Tensor,

@@ -2,9 +2,10 @@
 
 A base takes the step -R^-1 p: R^-1 = lr C^-1 the inverse metric made of its curvature estimate C, p its direction
 (gradient, momentum, decay). GT-DDP adds a correction c to p: the step becomes -R^-1 (p + c). With c = 0 every base
-here is torch.optim's, to rounding.
+here is the optimizer of that name.
 
-Each method works on one parameter and its state, a dictionary of tensors with torch.optim's own names.
+A base sees one player at a time: all its controls together, since a Kronecker metric couples a layer's weight and
+bias, and a cooperative one two layers. State is kept by parameter, in torch.optim's own way.
 """
 
 from __future__ import annotations
@@ -14,63 +15,146 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..capture import Stream
 from ..errors import OptionError
-from ..players import Scale
+from ..players import PlayerSamples
+from ..trajectory import Player
 
+Grads = Mapping[str, Tensor]
+"""Something for every control, by qualified parameter name."""
 State = dict[str, Tensor]
+Statistics = Mapping[str, State]
+"""Curvature statistics by qualified parameter name."""
 Group = Mapping[str, object]
 """One entry of ``param_groups``: the options of its parameters."""
 MomentumOf = Literal["step", "gradient"]
 """What a momentum buffer keeps: the corrected step, or the raw gradient."""
 
 
+@dataclass(frozen=True)
+class Controls:
+    """The controls of one player, or parameters of none, with their state and options.
+
+    Attributes:
+        parameters: by qualified name.
+        state: the optimizer's state of each, to be changed by :meth:`Curvature.update` alone.
+        groups: the ``param_groups`` entry of each.
+        player: the player; None for parameters that belong to none.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    state: Mapping[str, State]
+    groups: Mapping[str, Group]
+    player: Player | None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What curvature statistics are made of in one step.
+
+    Attributes:
+        gradient: the mean gradient, or Q_u where statistics are of the value function.
+        samples: the same sample by sample, for curvatures that ask for it (:attr:`Curvature.needs_samples`).
+    """
+
+    gradient: Grads
+    samples: PlayerSamples | None
+
+
+class Metric(ABC):
+    """R of one player, as the sweep and the step use it."""
+
+    @abstractmethod
+    def solve(self, grads: Grads) -> dict[str, Tensor]:
+        """R^-1 g."""
+
+    @abstractmethod
+    def gram(self, samples: PlayerSamples) -> Tensor:
+        """H = S R^-1 S^T, shape (B, B), symmetric, in float64."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A base optimizer's direction as p = a g + e.
+
+    Attributes:
+        fresh: a, by parameter name.
+        rest: e, by parameter name; those left out are zero.
+    """
+
+    fresh: Mapping[str, float]
+    rest: Grads
+
+    def of(self, gradient: Grads) -> dict[str, Tensor]:
+        """p for a gradient."""
+        return {
+            name: a * gradient[name] + self.rest[name] if name in self.rest else a * gradient[name]
+            for name, a in self.fresh.items()
+        }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curvature(ABC):
-    """A base optimizer: its options (fields, torch's names and defaults) and its rules."""
+    """A base optimizer: its options (fields) and its rules."""
 
     @property
     def adaptive(self) -> bool:
         """Whether the metric changes from step to step (else "previous" and "current" agree)."""
         return True
 
+    @property
+    def needs_samples(self) -> bool:
+        """Whether statistics are made of per-sample quantities."""
+        return False
+
+    @property
+    def stream(self) -> Stream:
+        """The captured stream that per-sample statistics are made of."""
+        return "gradient"
+
+    @property
+    def cooperates(self) -> bool:
+        """Whether two layers of one player can be coupled (else cooperation is "none", Table 1)."""
+        return False
+
     def defaults(self) -> dict[str, object]:
         """The options, as they go into ``param_groups``."""
         return asdict(self)
 
-    @abstractmethod
-    def statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
-        """The curvature statistics after this step, from the gradient they are made of; changes nothing."""
+    def check(self, controls: Controls) -> None:  # noqa: B027 - most bases take any player
+        """Refuse a player that this curvature cannot take.
 
-    @abstractmethod
-    def inverse_metric(self, statistics: Mapping[str, Tensor], group: Group) -> Scale | None:
-        """R^-1 = lr C^-1 from statistics; None where there are none yet."""
-
-    @abstractmethod
-    def direction(
-        self, parameter: Tensor, state: State, group: Group, statistics: Mapping[str, Tensor]
-    ) -> tuple[float, Tensor | None]:
-        """The direction as p = a g + e: a, and e or None for zero; changes nothing.
-
-        ``statistics`` are those the sweep's metric is made of.
+        Raises:
+            OptionError: names the module and the choices.
         """
+
+    @abstractmethod
+    def statistics(self, controls: Controls, evidence: Evidence) -> dict[str, State]:
+        """The curvature statistics after this step; changes nothing."""
+
+    @abstractmethod
+    def metric(self, controls: Controls, statistics: Statistics) -> Metric | None:
+        """R from statistics; None where there are none yet."""
+
+    @abstractmethod
+    def direction(self, controls: Controls, statistics: Statistics) -> Direction:
+        """The direction; changes nothing. ``statistics`` are those the sweep's metric is made of."""
 
     @abstractmethod
     def update(
         self,
-        parameter: Tensor,
-        grad: Tensor,
-        correction: Tensor | None,
-        state: State,
-        group: Group,
-        statistics: State,
+        controls: Controls,
+        gradient: Grads,
+        correction: Grads,
+        statistics: dict[str, State],
         momentum_of: MomentumOf,
     ) -> None:
-        """Take the step -R^-1 (p + c) in place and bring ``state`` up to date."""
+        """Take the step -R^-1 (p + c) in place, for the parameters in ``gradient``, and bring the state up to date."""
 
-    def absorbs_correction(self, group: Group, momentum_of: MomentumOf) -> bool:
-        """Whether ``update(g, c)`` equals ``update(g + c, None)``: one weighted gradient then serves both."""
+    def absorbs_correction(self, controls: Controls, momentum_of: MomentumOf) -> bool:
+        """Whether an update with (g, c) equals one with (g + c, 0): one weighted gradient then serves both."""
         return False
 
 

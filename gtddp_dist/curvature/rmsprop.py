@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..players import Scale
-from .base import Curvature, Group, MomentumOf, State, check, number
+from .base import Group, MomentumOf, State, check, number
+from .diagonal import DiagonalCurvature
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMSprop(Curvature):
+class RMSprop(DiagonalCurvature):
     """torch.optim.RMSprop: A = sqrt(v) + eps (centered: of v minus the squared mean); buf <- mu buf + g / A; p = A buf.
 
     The options are torch's. With ``momentum_of="step"`` the buffer also keeps the correction: buf <- buf + c / A.
@@ -34,7 +35,7 @@ class RMSprop(Curvature):
         check(self.momentum >= 0, "momentum", self.momentum, "a number >= 0")
         check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
 
-    def statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
+    def parameter_statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
         alpha, decay = number(group, "alpha"), number(group, "weight_decay")
         if decay:
             grad = grad.add(parameter, alpha=decay)
@@ -58,7 +59,7 @@ class RMSprop(Curvature):
             return None
         return number(group, "lr") / self._curvature(statistics, group)
 
-    def direction(
+    def parameter_direction(
         self, parameter: Tensor, state: State, group: Group, statistics: Mapping[str, Tensor]
     ) -> tuple[float, Tensor | None]:
         momentum, decay = number(group, "momentum"), number(group, "weight_decay")
@@ -68,7 +69,7 @@ class RMSprop(Curvature):
             rest = kept if rest is None else rest + kept
         return 1.0, rest
 
-    def update(
+    def update_parameter(
         self,
         parameter: Tensor,
         grad: Tensor,

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..players import Scale
-from .base import Curvature, Group, MomentumOf, State, check, number
+from .base import Group, MomentumOf, State, check, number
+from .diagonal import DiagonalCurvature
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGD(Curvature):
+class SGD(DiagonalCurvature):
     """torch.optim.SGD: buf <- mu buf + (1 - dampening) (g + wd u); p = buf, or g + wd u + mu buf (Nesterov).
 
     The options are torch's. With ``momentum_of="step"`` the buffer also keeps the correction: buf <- buf + c.
@@ -40,13 +41,13 @@ class SGD(Curvature):
     def adaptive(self) -> bool:
         return False
 
-    def statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
+    def parameter_statistics(self, parameter: Tensor, grad: Tensor, state: State, group: Group) -> State:
         return {}
 
     def inverse_metric(self, statistics: Mapping[str, Tensor], group: Group) -> Scale:
         return number(group, "lr")
 
-    def direction(
+    def parameter_direction(
         self, parameter: Tensor, state: State, group: Group, statistics: Mapping[str, Tensor]
     ) -> tuple[float, Tensor | None]:
         momentum, decay = number(group, "momentum"), number(group, "weight_decay")
@@ -65,7 +66,7 @@ class SGD(Curvature):
             rest = old * kept if rest is None else rest.add_(old, alpha=kept)
         return fresh, rest
 
-    def update(
+    def update_parameter(
         self,
         parameter: Tensor,
         grad: Tensor,
@@ -91,5 +92,5 @@ class SGD(Curvature):
             step = step + correction
         parameter.add_(step, alpha=-number(group, "lr"))
 
-    def absorbs_correction(self, group: Group, momentum_of: MomentumOf) -> bool:
+    def absorbs(self, group: Group, momentum_of: MomentumOf) -> bool:
         return not group["momentum"] or (momentum_of == "step" and not group["nesterov"] and not group["dampening"])

@@ -44,6 +44,17 @@ class SampleGradients(ABC):
         """What of a micro-batch's input the gradients need; called once on the whole micro-batch."""
         return inputs
 
+    def rows(self, rows: slice) -> SampleGradients:
+        """The same for some of the samples."""
+        return type(self)(self.module, self.inputs[rows], self.output_grads[rows], self.factor)
+
+    def plus(self, other: SampleGradients, weights_R: Tensor) -> SampleGradients:
+        """Output gradients plus those of ``other``, each of its rows weighted and added to its sample's."""
+        own = self.output_grads * self.factor
+        added = other.output_grads * other.factor
+        added = added * weights_R.to(added).reshape(-1, *([1] * (added.ndim - 1)))
+        return type(self)(self.module, self.inputs, own + added.reshape(len(own), -1, *own.shape[1:]).sum(1))
+
     @abstractmethod
     def per_sample(self) -> dict[str, Tensor]:
         """S itself: parameter name -> (B, *parameter shape)."""

@@ -1,0 +1,280 @@
+"""One GT-DDP step: Gram matrices, backward sweep, forward sweep, update, player by player.
+
+The recursion itself is in `sweep`; here it meets the players' samples, metrics and controls. A :class:`Step` holds
+one step's working data; nothing of it outlives the step, unless it is inspected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Stream
+from .curvature import Controls, Curvature, Direction, Evidence, Metric
+from .curvature.base import State, Statistics
+from .diagnostics import Gains, StepFacts
+from .errors import StepError
+from .groups import RecursionGroup, StepSamples
+from .options import Options
+from .players import PlayerSamples
+from .sweep import Policy, Value, backward_stage, forward_stage, terminal_value
+from .trajectory import LiveValue, Player, Trajectory, floating_tensors
+
+Grads = dict[str, Tensor]
+
+
+@dataclass
+class Step:
+    """One step's working data.
+
+    Attributes:
+        model: whose buffers a second forward pass must leave alone.
+        trajectory, options, curvature: the optimizer's.
+        controls_of: a player's controls, or with None those of the parameters that belong to none.
+        samples: the captured micro-batches, player by player.
+        groups: the recursion groups.
+        grads: the step's mean gradient by parameter name, clipped; of some players it is formed with the correction.
+        clip: factor by which the gradient was clipped.
+        inspect: keep what explicit policies need.
+        statistics: new curvature statistics by parameter name, not yet in force.
+        policies: player index -> one policy a group.
+        values: for each cut, one value a group.
+        base_steps: player index -> each group's R^-1 p and metric (only for inspection).
+        facts: what diagnostics are made of.
+    """
+
+    model: nn.Module
+    trajectory: Trajectory
+    options: Options
+    curvature: Curvature
+    controls_of: Callable[[Player | None], Controls]
+    samples: StepSamples
+    groups: list[RecursionGroup]
+    device: torch.device
+    grads: Grads = field(default_factory=dict)
+    clip: float | Tensor = 1.0
+    inspect: bool = False
+    statistics: dict[str, State] = field(default_factory=dict)
+    policies: dict[int, list[Policy]] = field(default_factory=dict)
+    values: dict[int, list[Value]] = field(default_factory=dict)
+    base_steps: dict[int, list[BaseStep]] = field(default_factory=dict)
+    facts: StepFacts = field(default_factory=StepFacts)
+
+    @property
+    def stream(self) -> Stream:
+        """The stream whose derivatives are the rows of S."""
+        return self.options.stream
+
+    def absorbs(self, player: Player) -> bool:
+        """Whether one weighted gradient serves the base step and the correction of this player."""
+        return (
+            self.options.capture == "weighted"
+            and self.options.clip_norm is None
+            and (self.stream == "gradient" or not self.options.feedback)
+            and self.curvature.absorbs_correction(self.controls_of(player), self.options.momentum_of)
+        )
+
+    def mean_weights(self) -> Tensor:
+        """What every sample weighs in the step's mean gradient, shape (N,)."""
+        return torch.cat(
+            [torch.full((g.samples,), g.share * g.weight, dtype=torch.float64, device=self.device) for g in self.groups]
+        )
+
+    # ------------------------------------------------------------------------------------------------------
+    # Backward
+
+    def backward(self) -> None:
+        """Value functions from the output to the input, a policy for every player on the way (Eq. 13-19)."""
+        options = self.options
+        like = torch.zeros((), dtype=torch.float64, device=self.device)
+        rows = self.samples.rows_per_sample(self.stream)
+        by_sample = options.value_hessian == "block_diagonal"
+        values = [
+            terminal_value(g.samples * rows, g.weight, options.rho(g.samples), by_sample and rows == 1, like)
+            for g in self.groups
+        ]
+        self.values[len(self.trajectory.stages)] = values
+        for player in reversed(self.trajectory.players):
+            samples = self.samples.of(player, self.stream)
+            metric = self._sweep_metric(player, samples, values)
+            if samples is not None and metric is not None:
+                steps = []
+                for group, value in zip(self.groups, values, strict=True):
+                    gains = self._gains(player, samples.rows(group.rows_of(rows)), group, metric)
+                    policy, before, report = backward_stage(
+                        value,
+                        gains.gram,
+                        gains.response,
+                        proximal=options.control_hessian == "proximal",
+                        guard=options.replace_guard,
+                        block=rows if by_sample else None,
+                    )
+                    steps.append((policy, before))
+                    self.facts.add(player.index, gains, report, group)
+                self.policies[player.index] = [policy for policy, _ in steps]
+                values = [before for _, before in steps]
+            self.values[player.index] = values
+
+    def _sweep_metric(self, player: Player, samples: PlayerSamples | None, values: list[Value]) -> Metric | None:
+        """The metric of the sweep at one player; None where there are no statistics yet."""
+        controls = self.controls_of(player)
+        if self.options.metric == "current" and self.curvature.adaptive:
+            self._new_statistics(player, samples, values)
+        return self.curvature.metric(controls, self._latest(controls))
+
+    def _latest(self, controls: Controls) -> Statistics:
+        """Statistics as far as they are known: of this step, else of the steps before."""
+        return {name: self.statistics.get(name, controls.state[name]) for name in controls.parameters}
+
+    def _new_statistics(
+        self, player: Player, samples: PlayerSamples | None = None, values: list[Value] | None = None
+    ) -> None:
+        """This step's curvature statistics of a player; with ``values``, of the value function where options say so."""
+        controls = self.controls_of(player)
+        gradient = {name: self.grads[name] for name in controls.parameters if name in self.grads}
+        of_value = self.options.statistics == "value" and values is not None and samples is not None
+        if of_value:
+            # Q_u of Eq. 14 without the control cost: the mean gradient plus what V_z' holds beyond it.
+            slopes = torch.cat([g.share * v.slope for g, v in zip(self.groups, values or (), strict=True)])
+            beyond = cast(PlayerSamples, samples).weighted(slopes)
+            gradient = {name: grad + beyond[name] for name, grad in gradient.items()}
+        by_sample = None
+        if self.curvature.needs_samples and gradient:
+            by_sample = self.samples.of(player, self.curvature.stream)
+            if of_value and by_sample is not None:
+                ratios = torch.cat([v.slope / g.weight for g, v in zip(self.groups, values or (), strict=True)])
+                by_sample = by_sample.plus(cast(PlayerSamples, samples), ratios)
+        if gradient:
+            self.statistics.update(self.curvature.statistics(controls, Evidence(gradient, by_sample)))
+
+    def _gains(self, player: Player, samples: PlayerSamples, group: RecursionGroup, metric: Metric) -> Gains:
+        """H = S R^-1 S^T, q = S R^-1 p and p^T R^-1 p of one group, p = a g + e its own direction."""
+        controls = self.controls_of(player)
+        gram = metric.gram(samples)
+        direction = self.curvature.direction(controls, self._latest(controls))
+        shares = set(direction.fresh.values())
+        formed = len(self.groups) == 1 and controls.parameters.keys() <= self.grads.keys()
+        if not formed and self.stream == "gradient" and len(shares) == 1 and not self.inspect:
+            # g = G^T omega 1 and S = G: the group's own gradient need not be formed.
+            ones = torch.full_like(gram[0], group.weight * shares.pop()) * self.clip
+            response, along = gram @ ones, ones @ gram @ ones
+            if direction.rest:
+                rest = {n: direction.rest.get(n, torch.zeros_like(p)) for n, p in controls.parameters.items()}
+                scaled = metric.solve(rest)
+                of_rest = samples.inner(scaled)
+                response, along = response + of_rest, along + 2 * (ones @ of_rest) + _dot(rest, scaled)
+            return Gains(gram, response, along)
+        p = direction.of(self.grads if formed else self._group_gradient(player, group))
+        scaled = metric.solve(p)
+        if self.inspect:
+            self.base_steps.setdefault(player.index, []).append(BaseStep(scaled, metric))
+        return Gains(gram, samples.inner(scaled), _dot(p, scaled))
+
+    def _group_gradient(self, player: Player, group: RecursionGroup) -> Grads:
+        samples = self.samples.of(player, "gradient")
+        if samples is None:
+            raise StepError(f"player '{player.name}': the curvature cotangent reached it, the loss did not")
+        weights = torch.full((group.samples,), group.weight, dtype=torch.float64, device=self.device)
+        return samples.rows(group.rows).weighted(weights * self.clip)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Forward
+
+    def forward(self) -> None:
+        """Controls from the input to the output (Eq. 20), each applied as soon as it is known."""
+        plain = {name: self.grads[name] for name in self.trajectory.plain_parameters if name in self.grads}
+        if plain:
+            controls = self.controls_of(None)
+            self._update(controls, plain, {}, self.curvature.statistics(controls, Evidence(plain, None)))
+        nonlinear = self.options.feedback and self.options.rollout == "nonlinear"
+        rows = self.samples.rows_per_sample(self.stream) if self.options.feedback else 1
+        phis = [torch.zeros(g.samples * rows, dtype=torch.float64, device=self.device) for g in self.groups]
+        with self._second_forward() if nonlinear else contextlib.nullcontext():
+            lives = [m.live[0] for m in self.samples.micro_batches] if nonlinear else []
+            for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
+                weights = []
+                for index, policy in enumerate(self.policies.get(player.index, ())):
+                    v, moved = forward_stage(policy, phis[index])
+                    weights.append(v)
+                    self.facts.apply(player.index, index, v, forward_stage(policy, torch.zeros_like(moved))[0])
+                    if not nonlinear:
+                        phis[index] = phis[index] + moved
+                self._act(player, weights)
+                if nonlinear:
+                    for index, micro_batch in enumerate(self.samples.micro_batches):
+                        assert micro_batch.context is not None
+                        with micro_batch.context.again():
+                            lives[index] = stage.run(lives[index])
+                    phis = self._real_feedback(player.index + 1, lives, rows)
+        self.facts.finish(self.groups, phis, self.options)
+
+    def _act(self, player: Player, weights: list[Tensor]) -> None:
+        """One player's control: the base step, and the correction S^T v of every group, averaged."""
+        controls = self.controls_of(player)
+        averaged = torch.cat([g.share * v for g, v in zip(self.groups, weights, strict=True)]) if weights else None
+        gradient: Grads = {name: self.grads[name] for name in controls.parameters if name in self.grads}
+        correction: Grads = {}
+        if self.absorbs(player):
+            samples = self.samples.of(player, "gradient")
+            if samples is not None:
+                gradient = samples.weighted(self.mean_weights() + (0.0 if averaged is None else averaged))
+        elif averaged is not None:
+            samples = self.samples.of(player, self.stream)
+            assert samples is not None
+            correction = samples.weighted(averaged)
+        if not gradient:
+            return  # no backward pass reached the player: it stays, as with torch.optim
+        if self.curvature.adaptive and not gradient.keys() <= self.statistics.keys():
+            self._new_statistics(player)
+        statistics = {name: self.statistics.pop(name, {}) for name in gradient}
+        self._update(controls, gradient, correction, statistics)
+
+    def _update(self, controls: Controls, gradient: Grads, correction: Grads, statistics: dict[str, State]) -> None:
+        self.curvature.update(controls, gradient, correction, statistics, self.options.momentum_of)
+
+    def _real_feedback(self, cut: int, lives: list[tuple[LiveValue, ...]], rows: int) -> list[Tensor]:
+        """phi^b = <s_z^b, zhat^b - z^b>, summed over the live tensors of a cut, for every group."""
+        parts = []
+        for micro_batch, live in zip(self.samples.micro_batches, lives, strict=True):
+            phi = torch.zeros(micro_batch.samples * rows, dtype=torch.float64, device=self.device)
+            derivatives = micro_batch.derivatives[self.stream]
+            for position, moved in floating_tensors(live):
+                slope = derivatives.get((cut, position))
+                if slope is not None:
+                    kept = cast(Tensor, micro_batch.live[cut][position])
+                    change = moved.float() - kept.float() if moved.dtype.itemsize < 4 else moved - kept
+                    change = change.repeat_interleave(rows, dim=0) if rows > 1 else change
+                    phi = phi + (change * slope).flatten(1).sum(1).double()
+            parts.append(phi * self.samples.factors[self.stream])
+        phi_N = torch.cat(parts)
+        return [phi_N[group.rows_of(rows)] for group in self.groups]
+
+    @contextlib.contextmanager
+    def _second_forward(self) -> Iterator[None]:
+        """A forward pass that leaves the model's buffers (running statistics) as they were."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        try:
+            yield
+        finally:
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+
+@dataclass(frozen=True)
+class BaseStep:
+    """R^-1 p of one player and group, and its metric: what an explicit policy needs besides the sweep's."""
+
+    scaled: Grads
+    metric: Metric
+
+
+def _dot(x: Grads, y: Grads) -> Tensor:
+    return torch.stack([(x[name] * y[name]).sum().double() for name in x]).sum()
+
+
+__all__ = ["BaseStep", "Direction", "Step"]
