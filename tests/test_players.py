@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,13 @@ B = 5
 FACTOR = 3.0
 
 
-def conv(*args: object, **kwargs: object) -> Callable[[], nn.Module]:
-    return lambda: nn.Conv2d(*args, **kwargs)  # type: ignore[arg-type]
+def conv(*args: object, dimensions: int = 2, **kwargs: object) -> Callable[[], nn.Module]:
+    kind = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+    return lambda: kind(*args, **kwargs)  # type: ignore[arg-type]
+
+
+conv1d = partial(conv, dimensions=1)
+conv3d = partial(conv, dimensions=3)
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -40,6 +46,31 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv reflect": (conv(3, 4, 3, padding=(2, 1), padding_mode="reflect"), (3, 6, 6)),
     "conv circular same": (conv(3, 4, 3, padding="same", padding_mode="circular"), (3, 6, 6)),
     "conv replicate, groups": (conv(4, 4, 3, padding=1, groups=2, padding_mode="replicate"), (4, 6, 6)),
+    "conv1d": (conv1d(3, 4, 3), (3, 7)),
+    "conv1d without bias": (conv1d(3, 4, 2, bias=False), (3, 6)),
+    "conv1d stride that leaves a border": (conv1d(3, 4, 3, stride=2, padding=1), (3, 8)),
+    "conv1d dilation": (conv1d(3, 4, 3, dilation=2, padding=2), (3, 7)),
+    "conv1d groups": (conv1d(4, 6, 3, groups=2, stride=2, padding=1), (4, 7)),
+    "conv1d depthwise": (conv1d(4, 8, 3, groups=4), (4, 6)),
+    "conv1d padding same, even kernel": (conv1d(3, 4, 4, padding="same", dilation=3), (3, 11)),
+    "conv1d padding valid": (conv1d(3, 4, 3, padding="valid", stride=2), (3, 6)),
+    "conv1d reflect": (conv1d(3, 4, 3, padding=2, padding_mode="reflect", stride=2), (3, 6)),
+    "conv1d circular same": (conv1d(3, 4, 2, padding="same", padding_mode="circular"), (3, 6)),
+    "conv1d replicate, groups": (conv1d(4, 4, 3, padding=1, groups=2, padding_mode="replicate"), (4, 6)),
+    "conv3d": (conv3d(2, 3, 2), (2, 3, 4, 3)),
+    "conv3d without bias": (conv3d(2, 3, 2, bias=False), (2, 3, 3, 3)),
+    "conv3d box, stride that leaves a border": (
+        conv3d(2, 3, (1, 3, 2), stride=(1, 2, 2), padding=(0, 1, 0)),
+        (2, 3, 4, 5),
+    ),
+    "conv3d dilation": (conv3d(2, 3, (2, 3, 2), dilation=(1, 2, 3), padding=(0, 2, 1)), (2, 2, 4, 4)),
+    "conv3d groups": (conv3d(4, 6, 2, groups=2, padding=1, stride=2), (4, 3, 3, 4)),
+    "conv3d depthwise": (conv3d(2, 4, 2, groups=2), (2, 3, 3, 3)),
+    "conv3d padding same, even kernel": (conv3d(2, 3, (2, 3, 4), padding="same", dilation=(2, 1, 1)), (2, 3, 3, 4)),
+    "conv3d padding valid": (conv3d(2, 3, 2, padding="valid"), (2, 3, 3, 3)),
+    "conv3d reflect": (conv3d(2, 3, 3, padding=(2, 1, 0), padding_mode="reflect"), (2, 3, 3, 4)),
+    "conv3d circular same": (conv3d(2, 3, (3, 2, 2), padding="same", padding_mode="circular"), (2, 3, 3, 3)),
+    "conv3d replicate, groups": (conv3d(2, 4, 2, padding=1, groups=2, padding_mode="replicate"), (2, 2, 3, 3)),
     "layer norm": (lambda: nn.LayerNorm(6), (6,)),
     "layer norm on tokens": (lambda: nn.LayerNorm(6), (7, 6)),
     "layer norm of two dimensions": (lambda: nn.LayerNorm((2, 6)), (3, 2, 6)),
@@ -136,7 +167,9 @@ def test_all_products_agree_with_torch_func(name: str) -> None:
                 torch.testing.assert_close(samples.gram(metric, path), expected, rtol=1e-11, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["linear on tokens", "conv groups", "group norm", "batch norm 2d"])
+@pytest.mark.parametrize(
+    "name", ["linear on tokens", "conv groups", "conv1d groups", "conv3d groups", "group norm", "batch norm 2d"]
+)
 @pytest.mark.parametrize("freeze", ["weight", "bias"])
 def test_a_frozen_parameter_is_no_control(name: str, freeze: str) -> None:
     module, x, y = build(name, freeze)

@@ -6,13 +6,15 @@ from torch import Tensor, nn
 
 from .affine import AffineGradients, GramPath, LinearGradients, cheapest_gram_path
 from .base import SampleGradients, Scale
-from .conv import Conv2dGradients
+from .conv import ConvGradients
 from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
 
 # By exact type: a subclass may compute something else in its forward.
 SUPPORTED: dict[type[nn.Module], type[SampleGradients]] = {
     nn.Linear: LinearGradients,
-    nn.Conv2d: Conv2dGradients,
+    nn.Conv1d: ConvGradients,
+    nn.Conv2d: ConvGradients,
+    nn.Conv3d: ConvGradients,
     nn.BatchNorm1d: BatchNormGradients,
     nn.BatchNorm2d: BatchNormGradients,
     nn.BatchNorm3d: BatchNormGradients,
@@ -27,7 +29,7 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def is_affine(module: nn.Module) -> bool:
-    """Whether the module opens a player (Linear, Conv2d), rather than joining one."""
+    """Whether the module opens a player (Linear, convolutions), rather than joining one."""
     return SUPPORTED[type(module)].affine
 
 

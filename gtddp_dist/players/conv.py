@@ -1,20 +1,32 @@
-"""Two-dimensional convolutions, with every option of nn.Conv2d."""
+"""Convolutions in one, two and three dimensions, with every option of nn.Conv1d, nn.Conv2d and nn.Conv3d."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import grad as library_grad
 
 from .affine import AffineGradients
 
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_WEIGHT_GRADS: dict[int, Callable[..., Tensor]] = {
+    1: library_grad.conv1d_weight,
+    2: library_grad.conv2d_weight,
+    3: library_grad.conv3d_weight,
+}
 
-class Conv2dGradients(AffineGradients):
-    """nn.Conv2d: stride, padding (numbers, "same", "valid", any padding mode), dilation, groups, bias."""
 
-    module: nn.Conv2d
+class ConvGradients(AffineGradients):
+    """nn.Conv1d, 2d, 3d: stride, padding (numbers, "same", "valid", any padding mode), dilation, groups, bias.
+
+    Inputs have the shape (B, channels, *space), output gradients (B, channels', *space'); positions are pixels of
+    the output.
+    """
+
+    module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     @staticmethod
     def prepare(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -31,38 +43,42 @@ class Conv2dGradients(AffineGradients):
         return F.pad(inputs, amounts, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
 
     @property
-    def _padding(self) -> tuple[int, int]:
+    def _padding(self) -> tuple[int, ...]:
         """The padding that is still to be done after :meth:`prepare`."""
         conv = self.module
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            return (0, 0)
-        return cast(tuple[int, int], conv.padding)
+            return (0,) * len(conv.kernel_size)
+        return conv.padding
 
     def positions(self) -> tuple[Tensor, Tensor]:
         conv = self.module
-        x = F.unfold(self.inputs, conv.kernel_size, dilation=conv.dilation, padding=self._padding, stride=conv.stride)
-        x_BGIL = x.reshape(x.shape[0], conv.groups, -1, x.shape[-1])
+        x_BIL = unfold(self.inputs, conv.kernel_size, conv.stride, self._padding, conv.dilation)
+        x_BGIL = x_BIL.reshape(x_BIL.shape[0], conv.groups, -1, x_BIL.shape[-1])
         return x_BGIL.mT, self.positions_of_output()[1]
 
     def positions_of_output(self) -> tuple[None, Tensor]:
         y = self.output_grads * self.factor
-        return None, y.reshape(y.shape[0], self.module.groups, -1, y.shape[2] * y.shape[3]).mT
+        return None, y.reshape(y.shape[0], self.module.groups, -1, y.shape[2:].numel()).mT
 
     def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
         conv = self.module
-        y = self.output_grads * (weights_B.to(self.output_grads) * self.factor)[:, None, None, None]
+        scale_B = weights_B.to(self.output_grads) * self.factor
+        y = self.output_grads * scale_B.reshape(-1, *[1] * (self.output_grads.ndim - 1))
         grads = {}
         if "weight" in self.controls:
-            # Positions that the stride leaves over at the border: the output gradient's size decides, as in autograd.
-            grads["weight"] = conv2d_weight_grad(self.inputs, conv, y, self._padding)
+            # By the library's own kernel. Positions that the stride leaves over at the border: the output
+            # gradient's size decides, as in autograd.
+            grads["weight"] = _WEIGHT_GRADS[len(conv.kernel_size)](
+                self.inputs, list(conv.weight.shape), y, conv.stride, self._padding, conv.dilation, conv.groups
+            )
         if "bias" in self.controls:
-            grads["bias"] = y.sum((0, 2, 3))
+            grads["bias"] = y.sum((0, *range(2, y.ndim)))
         return grads
 
     def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
         conv = self.module
         weight = direction["weight"] if "weight" in self.controls else conv.weight.new_zeros(conv.weight.shape)
-        along = F.conv2d(
+        along = _CONVOLUTIONS[len(conv.kernel_size)](
             self.inputs,
             weight,
             direction["bias"] if "bias" in self.controls else None,
@@ -74,19 +90,29 @@ class Conv2dGradients(AffineGradients):
         return (along * self.output_grads).flatten(1).sum(1) * self.factor
 
 
-def conv2d_weight_grad(inputs: Tensor, conv: nn.Conv2d, output_grads: Tensor, padding: tuple[int, int]) -> Tensor:
-    """The weight gradient that autograd would form, by the library's own kernel."""
-    from torch.nn.grad import conv2d_weight
+def unfold(
+    inputs: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """What a convolution's kernel sees at each position: (B, C, *space) -> (B, C * kernel elements, positions).
 
-    return conv2d_weight(
-        inputs, list(conv.weight.shape), output_grads, conv.stride, padding, conv.dilation, conv.groups
-    )
+    torch.nn.functional.unfold for any number of dimensions, in its order: channels and then kernel elements in a
+    row, positions along the last dimension.
+    """
+    if len(kernel) == 2:  # a fused kernel, a quarter faster than the copy below on (32, 64, 32, 32) and 3x3
+        return F.unfold(inputs, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))
+    windows = F.pad(inputs, [amount for each in reversed(padding) for amount in (each, each)])
+    for dimension, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        windows = windows.unfold(dimension, gap * (size - 1) + 1, step)[..., ::gap]
+    n = len(kernel)
+    positions = windows.shape[2 : 2 + n]
+    elements_first = windows.permute(0, 1, *range(2 + n, 2 + 2 * n), *range(2, 2 + n))
+    return elements_first.reshape(inputs.shape[0], -1, positions.numel())
 
 
 def _reversed_padding(conv: nn.Conv2d) -> list[int | None]:
     """Padding of the last dimension first; None stands for "same"."""
     if conv.padding == "same":
-        return [None, None]
+        return [None] * len(conv.kernel_size)
     if conv.padding == "valid":
-        return [0, 0]
-    return list(reversed(cast(tuple[int, int], conv.padding)))
+        return [0] * len(conv.kernel_size)
+    return list(reversed(cast(tuple[int, ...], conv.padding)))
