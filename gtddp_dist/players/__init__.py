@@ -8,6 +8,7 @@ from .affine import AffineGradients, GramPath, LinearGradients, cheapest_gram_pa
 from .base import SampleGradients, Scale
 from .conv import ConvGradients
 from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
+from .samples import PlayerSamples, of_module, qualified
 
 # By exact type: a subclass may compute something else in its forward.
 SUPPORTED: dict[type[nn.Module], type[SampleGradients]] = {
@@ -49,11 +50,14 @@ __all__ = [
     "SUPPORTED",
     "AffineGradients",
     "GramPath",
+    "PlayerSamples",
     "SampleGradients",
     "Scale",
     "cheapest_gram_path",
     "is_affine",
     "is_supported",
+    "of_module",
     "prepare",
+    "qualified",
     "sample_gradients",
 ]
