@@ -15,12 +15,13 @@ How to read it beside the paper. With ' for stage t+1, stage t of `_backward_sta
 Letters, and the sizes written behind them:
 
     B   samples of a recursion group     N   samples of the step (B = N if there is one group)
-    T   stages                           C   classes
+    T   stages                           C   classes, or a player's curvature [m_t, m_t]
     n_t numbers in the live tensors of one sample at cut t (cut t is before stage t, cut T is the output)
     m_t parameters of player t
     z   a group's state [B n_t]: the samples in order, in each the live tensors in order, each flattened
     u   a player's control [m_t]: its parameters in the order of `Stage.parameters`, each flattened
-    s   the curvature cotangent at the output, and what it is at an earlier point by the chain rule
+    s   the curvature cotangents at the output, K for each sample (one, or with terminal="exact" one for each
+        class), and what they are at an earlier point by the chain rule
 
 What is computed here beyond the equations above: l_u, the part of the base optimizer's direction that is not
 the gradient of this step; R, the base optimizer's curvature over its rate; and the update that the base
@@ -41,13 +42,79 @@ from torch import Tensor
 from torch.nn import functional
 
 Buffers = dict[str, Tensor]
+PlayerBuffers = Mapping[str, Buffers]
 
 
-# --- base optimizers ----------------------------------------------------------------------------------------
+# --- what a base optimizer is to a player -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Base(ABC):
+class Evidence:
+    """What a player's curvature statistics may be made of, besides the mean gradient. N samples, in order.
+
+    F_u [N, n_t+1, m_t]: the Jacobians of the player's stage.
+    cotangent [N, n_t+1]: at the cut after the stage, the derivative of each sample's own loss (not averaged) or,
+        with statistics="value", of the value function by each sample's state, over the sample's weight 1/B.
+    sampled [N, n_t+1]: the derivative of each sample's loss with sampled labels; None without any.
+    """
+
+    F_u: Tensor
+    cotangent: Tensor
+    sampled: Tensor | None
+
+
+class PlayerRule(ABC):
+    """The base optimizer's rule for one player, on control vectors [m_t].
+
+    The plain step for a gradient is -R^-1 p with R = curvature / lr and p = direction. `old`: the buffers that the
+    step before has left, by the names of the player's parameters and, for what belongs to no single one of
+    them, by the player's. `step` counts from 1.
+    """
+
+    stage: Stage
+    lr: Tensor
+    """The rate of every control, [m_t]."""
+    adaptive: bool
+    """Whether the curvature comes from statistics (so there is none before the first step)."""
+
+    @abstractmethod
+    def statistics(self, old: PlayerBuffers, gradient: Tensor, evidence: Evidence, step: int) -> PlayerBuffers:
+        """The curvature statistics after this step's samples; gradient: that of the loss or of the value."""
+
+    @abstractmethod
+    def curvature(self, statistics: PlayerBuffers, step: int) -> Tensor:
+        """C [m_t, m_t] from the statistics that step `step` has left; symmetric, positive."""
+
+    @abstractmethod
+    def momentum(self, old: PlayerBuffers, C: Tensor, gradient: Tensor, step: int) -> PlayerBuffers:
+        """The momentum buffers after this gradient, before any correction."""
+
+    @abstractmethod
+    def direction(self, old: PlayerBuffers, C: Tensor, gradient: Tensor, step: int) -> Tensor:
+        """p, which is affine in the gradient."""
+
+    @abstractmethod
+    def correct(self, momentum: PlayerBuffers, C: Tensor, correction: Tensor, step: int) -> PlayerBuffers:
+        """The momentum buffers that keep the corrected step, p + correction instead of p."""
+
+    @abstractmethod
+    def decayed(self) -> Tensor:
+        """The controls after a decay that is applied apart from the step."""
+
+
+class OptimizerRule(ABC):
+    """A base optimizer with its options."""
+
+    @abstractmethod
+    def of_player(self, stage: Stage, parameters: Parameters, live: Live, options: Options) -> PlayerRule:
+        """The rule of a stage's player; live: the nominal live tensors before the stage."""
+
+
+# --- torch's optimizers -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base(OptimizerRule):
     """A torch optimizer's rule, taken apart. Everything is element-wise, for one parameter at a time.
 
     The plain step for a gradient is -R^-1 p with R = curvature / lr and p = direction. Buffers have torch's
@@ -59,6 +126,11 @@ class Base(ABC):
 
     adaptive = True
     """Whether the curvature comes from statistics (so there is none before the first step)."""
+
+    def of_player(self, stage: Stage, parameters: Parameters, live: Live, options: Options) -> PlayerRule:
+        if options.cooperation != "none":
+            raise ValueError(f"cooperation={options.cooperation!r} needs Kronecker curvature")
+        return ElementWise(stage, parameters, options)
 
     def decayed(self, u: Tensor) -> Tensor:
         """The parameter after a decay that is applied apart from the step."""
@@ -210,6 +282,53 @@ class AdamW(Adam):
         return gradient
 
 
+class ElementWise(PlayerRule):
+    """The rule of a player whose parameters have element-wise rules, each its own."""
+
+    def __init__(self, stage: Stage, parameters: Parameters, options: Options) -> None:
+        self.stage, self.parameters = stage, parameters
+        self.bases: dict[str, Base] = {}
+        for name in stage.parameters:
+            base = options.base_of(name)
+            if not isinstance(base, Base):
+                raise TypeError(f"{name}: {base} is not element-wise, as that of another parameter of {stage.name}")
+            self.bases[name] = base
+        self.lr = self._vector(lambda name, base: torch.full_like(parameters[name], base.lr))
+        self.adaptive = any(base.adaptive for base in self.bases.values())
+
+    def _vector(self, of: Callable[[str, Base], Tensor]) -> Tensor:
+        return flatten_control(self.stage, lambda name: of(name, self.bases[name]))
+
+    def _parts(self, control: Tensor) -> dict[str, Tensor]:
+        return unflatten_control(self.stage, control, self.parameters)
+
+    def statistics(self, old: PlayerBuffers, gradient: Tensor, evidence: Evidence, step: int) -> PlayerBuffers:
+        g, u = self._parts(gradient), self.parameters
+        return {name: base.statistics(old.get(name, {}), g[name], u[name]) for name, base in self.bases.items()}
+
+    def curvature(self, statistics: PlayerBuffers, step: int) -> Tensor:
+        u = self.parameters
+        return torch.diag(self._vector(lambda name, base: base.curvature(statistics.get(name, {}), u[name], step)))
+
+    def momentum(self, old: PlayerBuffers, C: Tensor, gradient: Tensor, step: int) -> PlayerBuffers:
+        g, C_of, u = self._parts(gradient), self._parts(C.diagonal()), self.parameters
+        return {
+            name: base.momentum(old.get(name, {}), C_of[name], g[name], u[name], step)
+            for name, base in self.bases.items()
+        }
+
+    def direction(self, old: PlayerBuffers, C: Tensor, gradient: Tensor, step: int) -> Tensor:
+        g, C_of, u = self._parts(gradient), self._parts(C.diagonal()), self.parameters
+        return self._vector(lambda n, base: base.direction(old.get(n, {}), C_of[n], g[n], u[n], step))
+
+    def correct(self, momentum: PlayerBuffers, C: Tensor, correction: Tensor, step: int) -> PlayerBuffers:
+        c, C_of = self._parts(correction), self._parts(C.diagonal())
+        return {name: base.correct(momentum[name], C_of[name], c[name], step) for name, base in self.bases.items()}
+
+    def decayed(self) -> Tensor:
+        return self._vector(lambda name, base: base.decayed(self.parameters[name]))
+
+
 # --- options, state, result ---------------------------------------------------------------------------------
 
 
@@ -219,31 +338,34 @@ class Options:
 
     overrides: other base rules for single parameters, by name (parameter groups with other rates or decays).
     gauss_newton_weight: rho, or "1/B" with the group's B.
+    cooperation: of the two affine modules of a player; for Kronecker bases (`oracle_kronecker.py`).
     groups: the recursion groups, ranges that follow each other and cover the step's samples; None: one group.
     """
 
-    base: Base
-    overrides: Mapping[str, Base] = field(default_factory=dict)
+    base: OptimizerRule
+    overrides: Mapping[str, OptimizerRule] = field(default_factory=dict)
     gauss_newton_weight: float | Literal["1/B"] = 0.03
     control_hessian: Literal["proximal", "replace"] = "proximal"
     value_hessian: Literal["batch", "block_diagonal"] = "batch"
-    terminal: Literal["loss_gradient", "sampled"] = "loss_gradient"
+    terminal: Literal["loss_gradient", "sampled", "exact"] = "loss_gradient"
     rollout: Literal["linear", "nonlinear"] = "linear"
     statistics: Literal["gradient", "value"] = "gradient"
     metric: Literal["current", "previous"] = "current"
     momentum_of: Literal["step", "gradient"] = "step"
     groups: tuple[range, ...] | None = None
     replace_guard: bool = True
+    cooperation: Literal["none", "exact", "theorem3", "corollary7"] = "none"
 
     def __post_init__(self) -> None:
         allowed = {
             "control_hessian": ("proximal", "replace"),
             "value_hessian": ("batch", "block_diagonal"),
-            "terminal": ("loss_gradient", "sampled"),
+            "terminal": ("loss_gradient", "sampled", "exact"),
             "rollout": ("linear", "nonlinear"),
             "statistics": ("gradient", "value"),
             "metric": ("current", "previous"),
             "momentum_of": ("step", "gradient"),
+            "cooperation": ("none", "exact", "theorem3", "corollary7"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -251,14 +373,17 @@ class Options:
         if self.statistics == "value" and self.metric == "previous":
             raise ValueError("statistics='value' needs metric='current'")
 
-    def base_of(self, name: str) -> Base:
+    def base_of(self, name: str) -> OptimizerRule:
         """The base rule of a parameter."""
         return self.overrides.get(name, self.base)
 
 
 @dataclass(frozen=True)
 class State:
-    """The base optimizer's state: steps done, and each parameter's buffers by torch's names."""
+    """The base optimizer's state: steps done, and the buffers by parameter name (and player name).
+
+    The buffers of a parameter have torch's names.
+    """
 
     step: int = 0
     buffers: dict[str, Buffers] = field(default_factory=dict)
@@ -293,7 +418,7 @@ class OracleResult:
     """parameters, state: after the step.
 
     loss: J before the step.  sweeps: one for each group, none where the sweep had no metric yet.
-    metric [m_t] for each stage: the diagonal R of the sweep (empty list where there was none).
+    metric [m_t, m_t] for each stage: the R of the sweep (empty list where there was none).
     correction [m_t] for each stage: c of the update -R_now^-1 (p + c), averaged over the groups.
     delta_u: the applied control of every parameter by name (without AdamW's decay).
     """
@@ -382,34 +507,50 @@ def pull_back(stages: Sequence[Stage], parameters: Parameters, live: Live, cotan
 # --- the value Hessian in its factors, for the rules that are stated in them --------------------------------
 
 
-def value_matrix(V_zz: Tensor, s_z: Tensor) -> Tensor:
-    """M [B, B] of V_zz^{b b'} = M_{b b'} s_z^b s_z^{b'}^T, with s_z [B, n_t].
+def _with_rows(s_z: Tensor) -> Tensor:
+    """Cotangents [B, n_t], one for each sample, or [B, K, n_t] as [B, K, n_t]."""
+    return s_z if s_z.ndim == 3 else s_z[:, None]
 
-    The samples' parts of the state are different coordinates, so every block gives its own entry (a sample
-    whose s_z is 0 has none and gets 0).
+
+def value_matrix(V_zz: Tensor, s_z: Tensor) -> Tensor:
+    """M [B K, B K] of V_zz^{b b'} = sum_kl M_{bk, b'l} s_z^{b k} s_z^{b' l}^T; s_z [B, K, n_t], or [B, n_t] if K = 1.
+
+    The samples' parts of the state are different coordinates, so every block of V_zz gives its own K x K entries.
+    Where a sample's cotangents are linearly dependent (those of terminal="exact" always are, a sample without any
+    derivative is) M is not unique; this is the one without a part that the cotangents do not see.
     """
-    samples, size = s_z.shape
+    s_z = _with_rows(s_z)
+    samples, rows, size = s_z.shape
     blocks = V_zz.view(samples, size, samples, size)
-    norms = (s_z**2).sum(1)
-    along = torch.where(norms > 0, 1 / norms, 0)[:, None] * s_z
-    return torch.einsum("bi,bicj,cj->bc", along, blocks, along)
+    along = torch.linalg.pinv(s_z, rtol=1e-10)  # [B, n_t, K]
+    M = torch.einsum("bik,bicj,cjl->bkcl", along, blocks, along)
+    return M.reshape(samples * rows, samples * rows)
 
 
 def from_value_matrix(M: Tensor, s_z: Tensor) -> Tensor:
     """V_zz [B n_t, B n_t] from its factors."""
-    samples, size = s_z.shape
-    return torch.einsum("bc,bi,cj->bicj", M, s_z, s_z).reshape(samples * size, samples * size)
+    s_z = _with_rows(s_z)
+    samples, rows, size = s_z.shape
+    V_zz = torch.einsum("bkcl,bki,clj->bicj", M.view(samples, rows, samples, rows), s_z, s_z)
+    return V_zz.reshape(samples * size, samples * size)
 
 
 def _positive(V_zz: Tensor, s_z: Tensor, value_hessian: str) -> Tensor:
-    """The "replace" mode's rule: M is made positive semi-definite."""
+    """The "replace" mode's rule: M is made positive semi-definite, each sample's block or as a whole.
+
+    terminal="exact": the part of M that `value_matrix` leaves out is one direction for each sample, sqrt(p), along
+    which the recursion leaves M at rho / B > 0. So it has no share in the negative eigenvalues.
+    """
     M = value_matrix(V_zz, s_z)
-    if value_hessian == "block_diagonal":
-        M = torch.diag(M.diagonal().clamp(min=0))
-    else:
-        eigenvalues, vectors = torch.linalg.eigh(M)
-        M = vectors @ torch.diag(eigenvalues.clamp(min=0)) @ vectors.T
-    return from_value_matrix(M, s_z)
+    samples = len(s_z)
+    rows = len(M) // samples
+    blocks = [M[b * rows :, b * rows :][:rows, :rows] for b in range(samples)]
+    parts = blocks if value_hessian == "block_diagonal" else [M]
+    positive = []
+    for part in parts:
+        eigenvalues, vectors = torch.linalg.eigh(part)
+        positive.append(vectors @ torch.diag(eigenvalues.clamp(min=0)) @ vectors.T)
+    return from_value_matrix(torch.block_diag(*positive), s_z)
 
 
 # --- the recursion ------------------------------------------------------------------------------------------
@@ -437,21 +578,21 @@ def _same_sample(V_zz: Tensor, samples: int) -> Tensor:
 
 
 def _terminal(options: Options, live: Live, phi_z: Tensor, s: Tensor, samples: slice) -> GroupSweep:
-    """A group's sweep before its first stage: V_z = phi_z / B, V_zz = rho / B s s^T for every sample."""
+    """A group's sweep before its first stage: V_z = phi_z / B, V_zz = rho / B sum_k s s^T for every sample."""
     B = len(s)
     rho = 1 / B if options.gauss_newton_weight == "1/B" else options.gauss_newton_weight
-    V_zz = _of_all_samples(rho / B * torch.einsum("bi,bj->bij", s, s))
+    V_zz = _of_all_samples(rho / B * torch.einsum("bki,bkj->bij", s, s))
     return GroupSweep(samples, [live], [(phi_z / B).flatten()], [V_zz], [], [], [], [], [])
 
 
 def _guard(sweep: GroupSweep, F_u: Tensor, R: Tensor, s_z_next: Tensor) -> None:
     """Scales V_zz' so that the spectral radius of M H is at most 1, where H = S R^-1 S^T.
 
-    F_u [B, n_t+1, m_t]; s_z_next [B, n_t+1]: the curvature cotangent at the next cut.
+    F_u [B, n_t+1, m_t]; R [m_t, m_t]; s_z_next [B, K, n_t+1]: the curvature cotangents at the next cut.
     """
-    S = torch.einsum("bxu,bx->bu", F_u, s_z_next)
+    S = torch.einsum("bxu,bkx->bku", F_u, s_z_next).flatten(0, 1)
     M = value_matrix(sweep.V_zz[0], s_z_next)
-    radius = float(torch.linalg.eigvals(M @ (S / R) @ S.T).abs().max())
+    radius = float(torch.linalg.eigvals(M @ S @ torch.linalg.solve(R, S.T)).abs().max())
     sweep.radius.insert(0, radius)
     if radius > 1:
         sweep.V_zz[0] = sweep.V_zz[0] / radius
@@ -462,7 +603,8 @@ def _backward_stage(
 ) -> None:
     """One stage of a group's backward recursion (Eq. 13-19); the new value and gains come first in its lists.
 
-    F_z [B, n_t+1, n_t], F_u [B, n_t+1, m_t]; R, l_u [m_t]; s_z [B, n_t]: the curvature cotangent at this cut.
+    F_z [B, n_t+1, n_t], F_u [B, n_t+1, m_t]; R [m_t, m_t], l_u [m_t]; s_z [B, K, n_t]: the curvature cotangents
+    at this cut.
     """
     B = len(F_z)
     F_z, F_u = _of_all_samples(F_z), F_u.flatten(0, 1)  # [B n_t+1, B n_t] and [B n_t+1, m_t]
@@ -472,7 +614,7 @@ def _backward_stage(
     Q_u = l_u + F_u.T @ V_z
     Q_zz = F_z.T @ V_zz @ F_z
     Q_uz = F_u.T @ V_zz @ F_z
-    Q_uu = torch.diag(R)
+    Q_uu = R
     if options.control_hessian == "proximal":
         Q_uu = Q_uu + F_u.T @ V_zz @ F_u
 
@@ -492,13 +634,21 @@ def _backward_stage(
         values.insert(0, value)
 
 
-def _curvature_cotangent(options: Options, logits: Tensor, phi_z: Tensor, sampled_labels: Tensor | None) -> Tensor:
-    """The s [N, C] at the output: the loss gradient, or that of the loss with sampled labels."""
+def _curvature_cotangents(options: Options, logits: Tensor, phi_z: Tensor, sampled_phi_z: Tensor | None) -> Tensor:
+    """The s [N, K, C] at the output.
+
+    K = 1: the loss gradient, or that of the loss with sampled labels. terminal="exact": K = C, for class c
+    sqrt(p_c) (p - e_c), p the softmax, so that sum_c s s^T = diag(p) - p p^T.
+    """
     if options.terminal == "loss_gradient":
-        return phi_z
-    if sampled_labels is None:
-        raise ValueError("terminal='sampled' needs sampled_labels")
-    return logits.softmax(1) - functional.one_hot(sampled_labels, logits.shape[1])
+        return phi_z[:, None]
+    if options.terminal == "sampled":
+        if sampled_phi_z is None:
+            raise ValueError("terminal='sampled' needs sampled_labels")
+        return sampled_phi_z[:, None]
+    p = logits.softmax(1)
+    unit = torch.eye(p.shape[1], dtype=p.dtype)
+    return p.sqrt()[:, :, None] * (p[:, None, :] - unit)
 
 
 def _groups(options: Options, samples: int) -> list[slice]:
@@ -530,8 +680,7 @@ def oracle_step(
     T, N, step = len(stages), len(inputs), state.step + 1
     groups = _groups(options, N)
     share = [len(inputs[group]) / N for group in groups]  # pi_j
-    base_of = options.base_of
-    old = {name: state.buffers.get(name, {}) for name in parameters}
+    old = state.buffers
 
     # The nominal trajectory and every first derivative along it.
     live: list[Live] = [(inputs,)]
@@ -539,58 +688,70 @@ def oracle_step(
         live.append(stage.function(parameters, live[-1]))
     jacobians = [stage_jacobians(stage, parameters, live[t]) for t, stage in enumerate(stages)]
     (logits,) = live[T]
-    phi_z = logits.softmax(1) - functional.one_hot(labels, logits.shape[1])
-    s = _curvature_cotangent(options, logits, phi_z, sampled_labels)
-    s_z = [pull_back(stages[t:], parameters, live[t], s) for t in range(T)] + [s]
+    classes = logits.shape[1]
+
+    def at_cuts(cotangent: Tensor) -> list[Tensor]:
+        """The output's cotangent [N, C] at every cut."""
+        return [pull_back(stages[t:], parameters, live[t], cotangent) for t in range(T)] + [cotangent]
+
+    phi_z = logits.softmax(1) - functional.one_hot(labels, classes)
+    sampled_phi_z = None
+    if sampled_labels is not None:
+        sampled_phi_z = logits.softmax(1) - functional.one_hot(sampled_labels, classes)
+    s = _curvature_cotangents(options, logits, phi_z, sampled_phi_z)
+    s_z = [torch.stack(rows, 1) for rows in zip(*(at_cuts(row) for row in s.unbind(1)), strict=True)]
+    g_z = at_cuts(phi_z)
+    sampled_z = None if sampled_phi_z is None else at_cuts(sampled_phi_z)
     gradient = mean_gradient(stages, parameters, inputs, labels)
     group_gradients = [mean_gradient(stages, parameters, inputs[g], labels[g]) for g in groups]
 
-    def curvature(stage: Stage, statistics: Mapping[str, Buffers], at_step: int) -> Tensor:
-        """C [m_t], from the statistics that a step has left."""
-        return flatten_control(stage, lambda n: base_of(n).curvature(statistics[n], parameters[n], at_step))
+    rules = [
+        options.base_of(stage.parameters[0]).of_player(stage, parameters, live[t], options)
+        for t, stage in enumerate(stages)
+    ]
 
-    def direction(stage: Stage, C: Tensor, of_gradient: Mapping[str, Tensor]) -> Tensor:
+    def direction(t: int, C: Tensor, of_gradient: Mapping[str, Tensor]) -> Tensor:
         """The base's p [m_t] for a gradient."""
-        C_of = unflatten_control(stage, C, parameters)
-        return flatten_control(
-            stage, lambda n: base_of(n).direction(old[n], C_of[n], of_gradient[n], parameters[n], step)
-        )
+        return rules[t].direction(old, C, flatten_control(stages[t], of_gradient.__getitem__), step)
 
     # The backward sweep. Groups go through it side by side, because value statistics are made of all of them.
     # A sweep in the metric of the step before cannot be where an adaptive base has not done one.
-    adaptive = any(base_of(name).adaptive for stage in stages for name in stage.parameters)
-    sweeping = options.metric == "current" or step > 1 or not adaptive
+    sweeping = options.metric == "current" or step > 1 or not any(rule.adaptive for rule in rules)
     sweeps = [_terminal(options, (logits[g],), phi_z[g], s[g], g) for g in groups if sweeping]
     statistics: dict[str, Buffers] = {}  # after this step
-    C_now: list[Tensor] = []  # the curvature that the update uses
-    C_sweep: list[Tensor] = []  # the curvature that the sweep uses
-    lr = [flatten_control(stage, lambda n: torch.full_like(parameters[n], base_of(n).lr)) for stage in stages]
+    R_now: list[Tensor] = []  # the metric of the update
+    C_now: list[Tensor] = []  # its curvature
+    R_sweep: list[Tensor] = []  # the metric of the sweep
+    C_sweep: list[Tensor] = []
     for t in reversed(range(T)):
-        stage, (F_z, F_u) = stages[t], jacobians[t]
-        of_gradient: Mapping[str, Tensor] = gradient
+        stage, rule, (F_z, F_u) = stages[t], rules[t], jacobians[t]
+        of_gradient = flatten_control(stage, gradient.__getitem__)
+        cotangent = g_z[t + 1]
         if options.statistics == "value":
-            value_gradient = torch.zeros_like(lr[t])
+            of_gradient = torch.zeros_like(of_gradient)
             for pi, sweep in zip(share, sweeps, strict=True):
-                value_gradient += pi * F_u[sweep.samples].flatten(0, 1).T @ sweep.V_z[0]
-            of_gradient = unflatten_control(stage, value_gradient, parameters)
-        for name in stage.parameters:
-            statistics[name] = base_of(name).statistics(old[name], of_gradient[name], parameters[name])
-        C_now.insert(0, curvature(stage, statistics, step))
+                of_gradient += pi * F_u[sweep.samples].flatten(0, 1).T @ sweep.V_z[0]
+            cotangent = torch.cat([len(sweep.live[0][0]) * sweep.V_z[0] for sweep in sweeps]).view_as(cotangent)
+        evidence = Evidence(F_u, cotangent, None if sampled_z is None else sampled_z[t + 1])
+        of_player = rule.statistics(old, of_gradient, evidence, step)
+        statistics |= of_player
+        C_now.insert(0, rule.curvature(of_player, step))
+        R_now.insert(0, C_now[0] / rule.lr[:, None])
         if not sweeping:
             continue
 
-        C_sweep.insert(0, C_now[0] if options.metric == "current" else curvature(stage, old, step - 1))
-        R = C_sweep[0] / lr[t]
+        C_sweep.insert(0, C_now[0] if options.metric == "current" else rule.curvature(old, step - 1))
+        R_sweep.insert(0, C_sweep[0] / rule.lr[:, None])
         for sweep, own_gradient in zip(sweeps, group_gradients, strict=True):
             g = sweep.samples
             if options.control_hessian == "replace" and options.replace_guard:
-                _guard(sweep, F_u[g], R, s_z[t + 1][g])
+                _guard(sweep, F_u[g], R_sweep[0], s_z[t + 1][g])
             else:
                 sweep.radius.insert(0, None)
             # l_u is what the base's direction has beside the group's mean gradient, which F_u^T V_z' brings.
-            p = direction(stage, C_sweep[0], own_gradient)
+            p = direction(t, C_sweep[0], own_gradient)
             l_u = p - flatten_control(stage, own_gradient.__getitem__)
-            _backward_stage(options, sweep, F_z[g], F_u[g], R, l_u, s_z[t][g])
+            _backward_stage(options, sweep, F_z[g], F_u[g], R_sweep[0], l_u, s_z[t][g])
             sweep.live.insert(0, tuple(part[g] for part in live[t]))
 
     # The forward sweep: the players act in their order.
@@ -600,27 +761,26 @@ def oracle_step(
     corrections: list[Tensor] = []
     new_live = live[0]
     delta_z = [torch.zeros_like(flatten_live(sweep.live[0])) for sweep in sweeps]  # [B, n_t] for each group
-    for t, stage in enumerate(stages):
-        correction = torch.zeros_like(lr[t])
+    for t, (stage, rule) in enumerate(zip(stages, rules, strict=True)):
+        correction = torch.zeros_like(rule.lr)
         for j, sweep in enumerate(sweeps):
             sweep.delta_z.append(delta_z[j].flatten())
             sweep.delta_u.append(sweep.k[t] + sweep.K[t] @ sweep.delta_z[t])
             # In the sweep's metric this control is -R^-1 (p + c): c is what the recursion adds to the base.
-            p = direction(stage, C_sweep[t], group_gradients[j])
-            correction += share[j] * (-C_sweep[t] / lr[t] * sweep.delta_u[t] - p)
+            p = direction(t, C_sweep[t], group_gradients[j])
+            correction += share[j] * (-R_sweep[t] @ sweep.delta_u[t] - p)
         corrections.append(correction)
 
-        control = -lr[t] / C_now[t] * (direction(stage, C_now[t], gradient) + correction)
+        control = -torch.linalg.solve(R_now[t], direction(t, C_now[t], gradient) + correction)
         delta_u |= unflatten_control(stage, control, parameters)
-        C_of = unflatten_control(stage, C_now[t], parameters)
-        correction_of = unflatten_control(stage, correction, parameters)
-        for name in stage.parameters:
-            base, u = base_of(name), parameters[name]
-            new_parameters[name] = base.decayed(u) + delta_u[name]
-            momentum = base.momentum(old[name], C_of[name], gradient[name], u, step)
-            if options.momentum_of == "step":
-                momentum = base.correct(momentum, C_of[name], correction_of[name], step)
-            new_buffers[name] = statistics[name] | momentum
+        new_parameters |= unflatten_control(stage, rule.decayed() + control, parameters)
+        momentum = rule.momentum(old, C_now[t], flatten_control(stage, gradient.__getitem__), step)
+        if options.momentum_of == "step":
+            momentum = rule.correct(momentum, C_now[t], correction, step)
+        for name in (*stage.parameters, stage.name):
+            buffers = statistics.get(name, {}) | momentum.get(name, {})
+            if buffers or name in stage.parameters:
+                new_buffers[name] = buffers
 
         if options.rollout == "nonlinear":
             new_live = stage.function(new_parameters, new_live)
@@ -640,7 +800,7 @@ def oracle_step(
         state=State(step, new_buffers),
         loss=float(functional.cross_entropy(logits, labels)),
         sweeps=sweeps,
-        metric=[C / rate for C, rate in zip(C_sweep, lr, strict=False)],
+        metric=R_sweep,
         correction=corrections,
         delta_u=delta_u,
     )

@@ -216,13 +216,14 @@ def sample_gradients(net: Net, parameters: dict[str, Tensor], inputs: Tensor, s:
 def sample_space(
     S: list[Tensor], R: list[Tensor], p: list[Tensor], M: Tensor, replace_mode: bool, diagonal: bool
 ) -> SampleSpace:
-    """The general form of the recursion and its linear rollout, for given metrics R and base directions p."""
+    """The general form of the recursion and its linear rollout, for given metrics R [m_t, m_t] and directions p."""
     eye = torch.eye(len(M), dtype=M.dtype)
     c = torch.zeros(len(M), dtype=M.dtype)
     cs, Ms = [c], [M]
     stored: list[tuple[Tensor, ...]] = []
     for t in reversed(range(len(S))):
-        H, q = (S[t] / R[t]) @ S[t].T, (S[t] / R[t]) @ p[t]
+        across = torch.linalg.solve(R[t], S[t].T).T  # S R^-1
+        H, q = across @ S[t].T, across @ p[t]
         N = eye if replace_mode else torch.linalg.inv(eye + H @ M)
         a = N @ (q + H @ c)
         stored.insert(0, (c, M, N, H, q))
@@ -236,7 +237,7 @@ def sample_space(
         e = -N @ (q + H @ (c + M @ phi))
         v = c + M @ phi if replace_mode else c + M @ (phi + e)
         corrections.append(S[t].T @ v)
-        delta_u.append(-(p[t] + S[t].T @ v) / R[t])
+        delta_u.append(-torch.linalg.solve(R[t], p[t] + S[t].T @ v))
         phi = phi + e
     return SampleSpace(cs, Ms, delta_u, corrections, S)
 
@@ -286,7 +287,7 @@ def test_the_recursion_lives_in_sample_space(
     s = phi_z if terminal == "loss_gradient" else logits.softmax(1) - functional.one_hot(drawn, net.classes)
     S = sample_gradients(net, parameters, inputs, s)
     p = [
-        -R * flatten_control(stage, plain_step(net, parameters, state, inputs, labels, base).__getitem__)
+        -R @ flatten_control(stage, plain_step(net, parameters, state, inputs, labels, base).__getitem__)
         for stage, R in zip(net.stages, result.metric, strict=True)
     ]
     M = rho / B * torch.eye(B, dtype=s.dtype)
@@ -555,7 +556,8 @@ def test_previous_metric(base: Adam | RMSprop) -> None:
     R, R_now, p, p_now = (of_players(which) for which in range(4))
     (logits,) = run_stages(net.stages, parameters, (inputs,))
     S = sample_gradients(net, parameters, inputs, logits.softmax(1) - functional.one_hot(labels, net.classes))
-    expected = sample_space(S, R, p, 2.0 / 3 * torch.eye(3, dtype=inputs.dtype), False, False)
+    dense = [torch.diag(metric) for metric in R]
+    expected = sample_space(S, dense, p, 2.0 / 3 * torch.eye(3, dtype=inputs.dtype), False, False)
     for t, stage in enumerate(net.stages):
         assert error(R[t], R_now[t]) > 1e-3
         assert error(second.correction[t], expected.correction[t]) < 1e-10
