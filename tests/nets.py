@@ -9,7 +9,7 @@ Rules the lists follow:
 * a player is one Conv or Linear with its bias and with the scale and shift of a normalisation layer that
   directly follows it; a normalisation layer that follows none is its own player; the projection of a shortcut
   belongs to the player of the last convolution on the main path and acts at that stage, wherever `forward`
-  computes it;
+  computes it (in `SEPARATE_NETS` it is a player of its own, where `forward` computes it);
 * a stage is one player and the parameter-free operations that follow it (operations before the first player
   belong to the first stage);
 * the live tensors of a cut are all tensors that later stages still read, in the order of their creation, the
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,30 @@ def run_stages(stages: tuple[Stage, ...], parameters: Parameters, live: Live) ->
     return live
 
 
+@dataclass(frozen=True)
+class AffineCall:
+    """One Conv or Linear as it was computed: its options, its input and its output (samples first)."""
+
+    module: str
+    kind: Literal["conv", "linear"]
+    weight: Tensor
+    bias: Tensor | None
+    input: Tensor
+    output: Tensor
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    groups: int = 1
+
+
+class Recorder(dict[str, Tensor]):
+    """Parameters by name that note in `calls` every Conv and Linear a stage computes with them, in that order."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__(parameters)
+        self.calls: list[AffineCall] = []
+
+
 def _conv(
     p: Parameters,
     name: str,
@@ -101,11 +126,20 @@ def _conv(
     dilation: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    return functional.conv2d(x, p[f"{name}.weight"], p.get(f"{name}.bias"), stride, padding, dilation, groups)
+    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
+    convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[weight.ndim]
+    h: Tensor = convolve(x, weight, bias, stride, padding, dilation, groups)
+    if isinstance(p, Recorder):
+        p.calls.append(AffineCall(name, "conv", weight, bias, x, h, stride, padding, dilation, groups))
+    return h
 
 
 def _linear(p: Parameters, name: str, x: Tensor) -> Tensor:
-    return functional.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
+    weight, bias = p[f"{name}.weight"], p.get(f"{name}.bias")
+    h = functional.linear(x, weight, bias)
+    if isinstance(p, Recorder):
+        p.calls.append(AffineCall(name, "linear", weight, bias, x, h))
+    return h
 
 
 def _layer_norm(p: Parameters, name: str, x: Tensor) -> Tensor:
@@ -344,6 +378,152 @@ PROJECTION_FIRST = Net(
 )
 
 
+def _separate_stages(shortcut_first: bool) -> tuple[Stage, ...]:
+    """The same block with its projection as a player of its own, at its place in `forward`."""
+
+    def stem(p: Parameters, z: Live) -> Live:
+        return (torch.tanh(_conv(p, "stem", z[0], padding=1)),)
+
+    def conv2(p: Parameters, h: Tensor) -> Tensor:
+        return _conv(p, "conv2", h, padding=1, stride=2, groups=2)
+
+    def head(p: Parameters, z: Live) -> Live:
+        return (_linear(p, "head", z[0]),)
+
+    first = Stage("stem", _both("stem"), ("x",), stem)
+    last = Stage("head", _both("head"), ("features",), head)
+    conv1, project = ("conv1.weight",), ("project.weight",)
+    if shortcut_first:
+        middle = (
+            Stage("project", project, ("x",), lambda p, z: (z[0], _conv(p, "project", z[0], stride=2))),
+            Stage(
+                "conv1", conv1, ("x", "shortcut"), lambda p, z: (z[1], torch.tanh(_conv(p, "conv1", z[0], padding=1)))
+            ),
+            Stage(
+                "conv2", _both("conv2"), ("shortcut", "h"), lambda p, z: (torch.tanh(conv2(p, z[1]) + z[0]).flatten(1),)
+            ),
+        )
+    else:
+        middle = (
+            Stage("conv1", conv1, ("x",), lambda p, z: (z[0], torch.tanh(_conv(p, "conv1", z[0], padding=1)))),
+            Stage("conv2", _both("conv2"), ("x_r", "h"), lambda p, z: (z[0], conv2(p, z[1]))),
+            Stage(
+                "project",
+                project,
+                ("x_r", "main"),
+                lambda p, z: (torch.tanh(z[1] + _conv(p, "project", z[0], stride=2)).flatten(1),),
+            ),
+        )
+    return first, *middle, last
+
+
+PROJECTION_SEPARATE = Net(
+    "projection_separate", lambda: Projection(False), _separate_stages(False), input_shape=(1, 4, 4), classes=3
+)
+PROJECTION_FIRST_SEPARATE = Net(
+    "projection_first_separate", lambda: Projection(True), _separate_stages(True), input_shape=(1, 4, 4), classes=3
+)
+
+
+class NormedProjection(nn.Module):
+    """A projection block as residual networks have it: a normalisation behind each of the two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1)
+        self.conv1 = nn.Conv2d(2, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 4, 3, padding=1, stride=2, bias=False)
+        self.norm2 = nn.GroupNorm(2, 4)
+        self.project = nn.Conv2d(2, 4, 1, stride=2, bias=False)
+        self.project_norm = nn.GroupNorm(1, 4)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        main = self.norm2(self.conv2(torch.tanh(self.conv1(x))))
+        x = torch.tanh(main + self.project_norm(self.project(x)))
+        logits: Tensor = self.head(torch.flatten(x, 1))
+        return logits
+
+
+def _normed_projection_stages() -> tuple[Stage, ...]:
+    def stem(p: Parameters, z: Live) -> Live:
+        return (torch.tanh(_conv(p, "stem", z[0], padding=1)),)
+
+    def conv1(p: Parameters, z: Live) -> Live:
+        (x,) = z
+        return x, torch.tanh(_conv(p, "conv1", x, padding=1))
+
+    def conv2(p: Parameters, z: Live) -> Live:
+        x_r, h = z
+        main = _group_norm(p, "norm2", _conv(p, "conv2", h, padding=1, stride=2), 2)
+        shortcut = _group_norm(p, "project_norm", _conv(p, "project", x_r, stride=2), 1)
+        return (torch.tanh(main + shortcut).flatten(1),)
+
+    def head(p: Parameters, z: Live) -> Live:
+        return (_linear(p, "head", z[0]),)
+
+    controls = ("conv2.weight", *_both("norm2"), "project.weight", *_both("project_norm"))
+    return (
+        Stage("stem", _both("stem"), ("x",), stem),
+        Stage("conv1", _both("conv1"), ("x",), conv1),
+        Stage("conv2", controls, ("x_r", "h"), conv2),
+        Stage("head", _both("head"), ("features",), head),
+    )
+
+
+NORMED_PROJECTION = Net(
+    "normed_projection", NormedProjection, _normed_projection_stages(), input_shape=(1, 4, 4), classes=3
+)
+
+
+class GroupedProjection(nn.Module):
+    """A projection block both of whose convolutions have two channel groups; tokens of a sequence (Conv1d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 4, 3, padding=1)
+        self.conv1 = nn.Conv1d(4, 4, 3, padding=2, dilation=2, groups=4)
+        self.conv2 = nn.Conv1d(4, 6, 3, padding=1, stride=2, groups=2)
+        self.project = nn.Conv1d(4, 6, 1, stride=2, groups=2)
+        self.head = nn.Linear(18, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        main = self.conv2(torch.tanh(self.conv1(x)))
+        logits: Tensor = self.head(torch.flatten(torch.tanh(main + self.project(x)), 1))
+        return logits
+
+
+def _grouped_projection_stages() -> tuple[Stage, ...]:
+    def stem(p: Parameters, z: Live) -> Live:
+        return (torch.tanh(_conv(p, "stem", z[0], padding=1)),)
+
+    def conv1(p: Parameters, z: Live) -> Live:
+        (x,) = z
+        return x, torch.tanh(_conv(p, "conv1", x, padding=2, dilation=2, groups=4))
+
+    def conv2(p: Parameters, z: Live) -> Live:
+        x_r, h = z
+        main = _conv(p, "conv2", h, padding=1, stride=2, groups=2)
+        return (torch.tanh(main + _conv(p, "project", x_r, stride=2, groups=2)).flatten(1),)
+
+    def head(p: Parameters, z: Live) -> Live:
+        return (_linear(p, "head", z[0]),)
+
+    return (
+        Stage("stem", _both("stem"), ("x",), stem),
+        Stage("conv1", _both("conv1"), ("x",), conv1),
+        Stage("conv2", (*_both("conv2"), *_both("project")), ("x_r", "h"), conv2),
+        Stage("head", _both("head"), ("features",), head),
+    )
+
+
+GROUPED_PROJECTION = Net(
+    "grouped_projection", GroupedProjection, _grouped_projection_stages(), input_shape=(2, 5), classes=3
+)
+
+
 class SmallResnet(nn.Module):
     """The shape of the `small-resnet` that the package trains, with ReLU, for 6x6 images."""
 
@@ -394,6 +574,84 @@ def _small_resnet_stages() -> tuple[Stage, ...]:
 
 
 SMALL_RESNET = Net("small_resnet", SmallResnet, _small_resnet_stages(), input_shape=(1, 6, 6), classes=4)
+
+
+# --- two modules that read the same and are added (the paper's Fig. 7a) --------------------------------------
+
+
+class TwinLinear(nn.Module):
+    """Two linear layers of equal shape read the same features; their outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 5)
+        self.first = nn.Linear(5, 4)
+        self.second = nn.Linear(5, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        logits: Tensor = self.head(torch.tanh(self.first(x) + self.second(x)))
+        return logits
+
+
+def _twin_linear_stages() -> tuple[Stage, ...]:
+    def stem(p: Parameters, z: Live) -> Live:
+        return (torch.tanh(_linear(p, "stem", z[0])),)
+
+    def twins(p: Parameters, z: Live) -> Live:
+        return (torch.tanh(_linear(p, "first", z[0]) + _linear(p, "second", z[0])),)
+
+    def head(p: Parameters, z: Live) -> Live:
+        return (_linear(p, "head", z[0]),)
+
+    return (
+        Stage("stem", _both("stem"), ("x",), stem),
+        Stage("first", _both("first", "second"), ("h",), twins),
+        Stage("head", _both("head"), ("h2",), head),
+    )
+
+
+TWIN_LINEAR = Net("twin_linear", TwinLinear, _twin_linear_stages(), input_shape=(4,), classes=3)
+
+
+class TwinConv(nn.Module):
+    """Two convolutions of equal shape read the same image; their outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1)
+        self.first = nn.Conv2d(2, 3, 3, padding=1, stride=2)
+        self.second = nn.Conv2d(2, 3, 3, padding=1, stride=2)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.stem(x))
+        x = torch.tanh(self.first(x) + self.second(x))
+        logits: Tensor = self.head(torch.flatten(x, 1))
+        return logits
+
+
+def _twin_conv_stages() -> tuple[Stage, ...]:
+    def stem(p: Parameters, z: Live) -> Live:
+        return (torch.tanh(_conv(p, "stem", z[0], padding=1)),)
+
+    def twins(p: Parameters, z: Live) -> Live:
+        (x,) = z
+        added = _conv(p, "first", x, padding=1, stride=2) + _conv(p, "second", x, padding=1, stride=2)
+        return (torch.tanh(added).flatten(1),)
+
+    def head(p: Parameters, z: Live) -> Live:
+        return (_linear(p, "head", z[0]),)
+
+    return (
+        Stage("stem", _both("stem"), ("x",), stem),
+        Stage("first", _both("first", "second"), ("x",), twins),
+        Stage("head", _both("head"), ("features",), head),
+    )
+
+
+TWIN_CONV = Net("twin_conv", TwinConv, _twin_conv_stages(), input_shape=(1, 4, 4), classes=3)
 
 
 # --- normalisation and tokens -------------------------------------------------------------------------------
@@ -514,4 +772,15 @@ NETS: dict[str, Net] = {
         PRENORM,
     )
 }
+"""The core's networks by name."""
+
+COOPERATIVE_NETS: dict[str, Net] = {
+    net.name: net for net in (NORMED_PROJECTION, GROUPED_PROJECTION, TWIN_LINEAR, TWIN_CONV)
+}
+"""More networks with players of two affine modules."""
+
+SEPARATE_NETS: dict[str, Net] = {net.name: net for net in (PROJECTION_SEPARATE, PROJECTION_FIRST_SEPARATE)}
+"""Networks whose projections are players of their own."""
+
+ALL_NETS = NETS | COOPERATIVE_NETS | SEPARATE_NETS
 """Every network by name."""

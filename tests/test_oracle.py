@@ -12,7 +12,7 @@ from typing import Literal
 
 import pytest
 import torch
-from nets import IDENTITY, MLP, NESTED, NETS, PROJECTION, TOKENS, Live, Net, run_stages
+from nets import ALL_NETS, IDENTITY, MLP, NESTED, NETS, PROJECTION, TOKENS, Live, Net, run_stages
 from oracle import (
     SGD,
     Adam,
@@ -36,7 +36,7 @@ from oracle import (
 from torch import Tensor, nn
 from torch.nn import functional
 
-EVERY_NET = pytest.mark.parametrize("net", NETS.values(), ids=NETS.keys())
+EVERY_NET = pytest.mark.parametrize("net", ALL_NETS.values(), ids=ALL_NETS.keys())
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
