@@ -26,6 +26,8 @@ _CURVATURES: dict[str, type[Curvature]] = {
     "rmsprop": curvature.RMSprop,
     "adam": curvature.Adam,
     "adamw": curvature.AdamW,
+    "kfac": curvature.KFAC,
+    "ekfac": curvature.EKFAC,
 }
 _GTDDP_OPTIONS = (
     "gauss_newton_weight",
@@ -51,15 +53,22 @@ def base_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
-    """GT-DDP on the curvature of its base; a preset fills what the configuration leaves open."""
-    entry = OPTIMIZERS[config.optimizer.name]
-    assert entry.base is not None
-    kind = _CURVATURES[entry.base]
+    """GT-DDP on the curvature of its base; a preset fills what the configuration leaves open.
+
+    KFAC and EKFAC by themselves, and the cooperative GT-KFAC and GT-EKFAC, are the same without feedback.
+    """
+    name = config.optimizer.name
+    entry = OPTIMIZERS[name]
+    kind = _CURVATURES[entry.base or name]
     own = {field.name for field in fields(kind)}
     base = kind(**{n: v for n, v in _given(config.optimizer, entry.options).items() if n in own})
-    options = _given(config.optimizer, _GTDDP_OPTIONS)
+    options = _given(config.optimizer, tuple(n for n in _GTDDP_OPTIONS if n in entry.options))
+    if not name.startswith("gtddp-"):
+        options["gauss_newton_weight"] = 0.0
+        if entry.base is None:
+            options["cooperation"] = "none"
     if config.optimizer.preset == "paper":
-        options = {**PAPER, **options}
+        options = {**PAPER, "cooperation": base.of_paper, **options}
     return GTDDP(
         model,
         base,

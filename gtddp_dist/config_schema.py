@@ -36,6 +36,7 @@ def _known(kind: str, names: Iterable[str]) -> AfterValidator:
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
@@ -174,7 +175,7 @@ class OptimizerConfig:
     lr: PositiveFloat | None = None
     """Learning rate."""
     weight_decay: NonNegativeFloat | None = None
-    """Weight decay (L2; decoupled in adamw and gtddp-adamw)."""
+    """Weight decay (L2; decoupled in adamw, kfac and ekfac)."""
     no_decay: bool = False
     """Exempt biases and the parameters of normalisation layers from weight decay."""
     momentum: DecayRate | None = None
@@ -193,14 +194,30 @@ class OptimizerConfig:
     """rmsprop: divide by the standard deviation of the gradient in place of its root mean square."""
     amsgrad: bool | None = None
     """adam, adamw: divide by the largest running mean of squares so far."""
+    damping: PositiveFloat | None = None
+    """kfac, ekfac: added to the curvature when it is solved with."""
+    factor_decay: DecayRate | None = None
+    """kfac, ekfac: decay of the running means of factors and second moments."""
+    factor_every: PositiveInt | None = None
+    """kfac, ekfac: steps from one update of the factors to the next."""
+    basis_every: PositiveInt | None = None
+    """kfac, ekfac: steps from one decomposition of the factors to the next."""
+    factors: Literal["unfolded", "spatially_uncorrelated", "reduced"] | None = None
+    """kfac, ekfac: what factors of convolutions and token layers are made of."""
+    fisher: Literal["empirical", "sampled"] | None = None
+    """kfac, ekfac: factors of the batch's own gradients, or of labels sampled from the model."""
+    max_factor_dim: PositiveInt | None = None
+    """kfac, ekfac: largest factor allowed."""
+    max_basis_failures: NonNegativeInt | None = None
+    """kfac, ekfac: decompositions in a row that may fail before training stops."""
     gauss_newton_weight: NonNegativeFloat | Literal["1/B"] | None = None
     """Weight rho of the terminal Gauss-Newton Hessian; 0: the base optimizer; 1/B: one over the samples."""
     control_hessian: Literal["proximal", "replace"] | None = None
     """Q_uu: the base curvature with the Gauss-Newton term added (proximal), or by itself (replace)."""
     value_hessian: Literal["batch", "block_diagonal"] | None = None
     """V_zz: coupled over the samples of a recursion (batch), or one block a sample (block_diagonal)."""
-    terminal: Literal["loss_gradient", "sampled"] | None = None
-    """Curvature cotangent at the output: the loss gradient, or that of labels sampled from the model."""
+    terminal: Literal["loss_gradient", "sampled", "exact"] | None = None
+    """Curvature cotangent at the output: the loss gradient, that of sampled labels, or one for every class."""
     rollout: Literal["linear", "nonlinear"] | None = None
     """Forward sweep: linearised, or by running the stages with their new weights."""
     statistics: Literal["gradient", "value"] | None = None
@@ -211,8 +228,8 @@ class OptimizerConfig:
     """Samples of one recursion: a replica's batch, a micro-batch, or a divisor of the micro-batch."""
     momentum_of: Literal["step", "gradient"] | None = None
     """What momentum buffers keep: the corrected step, or the gradient alone."""
-    cooperation: Literal["none"] | None = None
-    """How the two players of a projection shortcut share curvature."""
+    cooperation: Literal["none", "theorem3", "exact", "corollary7"] | None = None
+    """How a projection shortcut's layer and the last main-path layer decide together; other than none: kfac, ekfac."""
     replace_guard: bool | None = None
     """control_hessian=replace: keep the recursion from amplifying."""
     capture: Literal["gradient", "weighted"] | None = None

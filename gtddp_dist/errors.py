@@ -41,3 +41,7 @@ class OptionError(UserError, ValueError):
 
 class StepError(UserError, RuntimeError):
     """A training step that cannot be taken, such as one without a backward pass. Nothing was changed."""
+
+
+class CurvatureError(UserError, ArithmeticError):
+    """A curvature estimate that cannot be used: factors that are not finite, decompositions that keep failing."""

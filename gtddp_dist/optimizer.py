@@ -67,7 +67,7 @@ class GTDDP(torch.optim.Optimizer):
             self.options = Options(**options)  # type: ignore[arg-type]
         except TypeError as error:
             raise OptionError(f"{error}; the options are {', '.join(Options.__dataclass_fields__)}") from None
-        self.curvature = curvature
+        self.curvature = curvature.cooperating(self.options.cooperation)
         self.trajectory = trace(model, plain_modules) if stages is None else from_stages(model, stages, plain_modules)
         self._model = model
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -79,7 +79,7 @@ class GTDDP(torch.optim.Optimizer):
         missing = [name for name, p in self._parameters.items() if p not in self._group_of]
         if missing:
             raise OptionError(f"param_groups: trainable parameter '{missing[0]}' is in none; add it, or freeze it")
-        if len({group["maximize"] for group in self.param_groups}) > 1:
+        if len({group.get("maximize", False) for group in self.param_groups}) > 1:
             raise OptionError("param_groups: maximize must be the same in all of them")
         self.steps = 0
         """Steps taken."""
@@ -117,7 +117,7 @@ class GTDDP(torch.optim.Optimizer):
     @classmethod
     def paper(cls, model: nn.Module, curvature: Curvature, **options: object) -> GTDDP:
         """The paper's own algorithm (options.PAPER); ``options`` override it, and take the constructor's others."""
-        return cls(model, curvature, **{**PAPER, **options})  # type: ignore[arg-type]
+        return cls(model, curvature, **{**PAPER, "cooperation": curvature.of_paper, **options})  # type: ignore[arg-type]
 
     def detach(self) -> None:
         """Take the hooks off the model; the optimizer cannot step afterwards."""
@@ -162,7 +162,7 @@ class GTDDP(torch.optim.Optimizer):
         loss_scale = self._loss_scale()
         sizes = [m.samples for m in micro_batches]
         groups = recursion_groups(sizes, self.options.scope, self.options.replica_groups, self.options.loss_reduction)
-        sign = -1.0 if self.param_groups[0]["maximize"] else 1.0
+        sign = -1.0 if self.param_groups[0].get("maximize", False) else 1.0
         per_sample = (sum(sizes) if self.options.loss_reduction == "mean" else 1.0) * sign
         work = Step(
             self._model,

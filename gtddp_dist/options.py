@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 from .capture import Stream
-from .curvature import MomentumOf
+from .curvature import Cooperation, MomentumOf
 from .errors import OptionError
 from .groups import LossReduction, Scope
 
@@ -16,7 +16,6 @@ Terminal = Literal["loss_gradient", "sampled", "exact"]
 Rollout = Literal["linear", "nonlinear"]
 Statistics = Literal["gradient", "value"]
 Metric = Literal["current", "previous"]
-Cooperation = Literal["none"]
 CaptureMode = Literal["gradient", "weighted"]
 
 
@@ -36,7 +35,8 @@ class Options:
         metric: the sweep's metric: "current", or "previous", the one the step before left.
         scope: the samples of one recursion: "batch", "micro_batch" or a number.
         momentum_of: what momentum buffers keep: the corrected "step", or the raw "gradient".
-        cooperation: "none": a projection shortcut's metric is block-diagonal over its two controls.
+        cooperation: how a projection shortcut's layer and the last main-path layer decide together: "none",
+            "theorem3", "exact" or "corollary7"; None: "exact" where the curvature has cross factors, else "none".
         replace_guard: with "replace", keep the spectral radius of M H at 1 or below.
         capture: "gradient": p.grad is filled as ever; "weighted": players' gradients are formed once, weighted.
         loss_reduction: whether the step's losses add up to the "mean" over its samples, or to the "sum".
@@ -54,7 +54,7 @@ class Options:
     metric: Metric = "current"
     scope: Scope = "batch"
     momentum_of: MomentumOf = "step"
-    cooperation: Cooperation = "none"
+    cooperation: Cooperation | None = None
     replace_guard: bool = True
     capture: CaptureMode = "gradient"
     loss_reduction: LossReduction = "mean"
@@ -65,10 +65,12 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         for option in fields(self):
-            choices = get_args(hints[option.name])
+            choices = [c for part in get_args(hints[option.name]) for c in (get_args(part) or (part,))]
             value = getattr(self, option.name)
-            if choices and all(isinstance(choice, str) for choice in choices) and value not in choices:
-                raise OptionError(f"{option.name}={value!r}, expected one of {', '.join(map(repr, choices))}")
+            named = choices and all(isinstance(choice, str) or choice is type(None) for choice in choices)
+            if named and value is not None and value not in choices:
+                words = [repr(choice) for choice in choices if isinstance(choice, str)]
+                raise OptionError(f"{option.name}={value!r}, expected one of {', '.join(words)}")
         rho = self.gauss_newton_weight
         if rho != "1/B" and not (isinstance(rho, int | float) and 0 <= rho < float("inf")):
             raise OptionError(f"gauss_newton_weight={rho!r}, expected a number >= 0 or '1/B'")
@@ -111,6 +113,5 @@ PAPER = {
     "momentum_of": "gradient",
     "gauss_newton_weight": "1/B",
     "replace_guard": False,
-    "cooperation": "none",  # what identity and diagonal curvature do (Table 1)
 }
-"""The paper's own algorithm, as options."""
+"""The paper's own algorithm, as options; the way layers cooperate depends on the curvature (`Curvature.of_paper`)."""

@@ -48,6 +48,19 @@ class DataEntry:
 _SGD = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "no_decay")
 _RMSPROP = ("lr", "alpha", "eps", "momentum", "centered", "weight_decay", "no_decay")
 _ADAM = ("lr", "betas", "eps", "amsgrad", "weight_decay", "no_decay")
+_KRONECKER = (
+    "lr",
+    "momentum",
+    "weight_decay",
+    "damping",
+    "factor_decay",
+    "factor_every",
+    "basis_every",
+    "factors",
+    "fisher",
+    "max_factor_dim",
+    "max_basis_failures",
+)
 _GTDDP = (
     "preset",
     "gauss_newton_weight",
@@ -72,10 +85,16 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "rmsprop": OptimizerEntry(_RMSPROP, _BASE_BUILDER),
     "adam": OptimizerEntry(_ADAM, _BASE_BUILDER),
     "adamw": OptimizerEntry(_ADAM, _BASE_BUILDER),
+    "kfac": OptimizerEntry(_KRONECKER, _GTDDP_BUILDER),
+    "ekfac": OptimizerEntry(_KRONECKER, _GTDDP_BUILDER),
+    "gt-kfac": OptimizerEntry((*_KRONECKER, "cooperation"), _GTDDP_BUILDER, base="kfac"),
+    "gt-ekfac": OptimizerEntry((*_KRONECKER, "cooperation"), _GTDDP_BUILDER, base="ekfac"),
     "gtddp-sgd": OptimizerEntry(_SGD + _GTDDP, _GTDDP_BUILDER, base="sgd"),
     "gtddp-rmsprop": OptimizerEntry(_RMSPROP + _GTDDP, _GTDDP_BUILDER, base="rmsprop"),
     "gtddp-adam": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adam"),
     "gtddp-adamw": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adamw"),
+    "gtddp-kfac": OptimizerEntry(_KRONECKER + _GTDDP, _GTDDP_BUILDER, base="kfac"),
+    "gtddp-ekfac": OptimizerEntry(_KRONECKER + _GTDDP, _GTDDP_BUILDER, base="ekfac"),
 }
 
 MODELS: Mapping[str, ModelEntry] = {

@@ -1,18 +1,23 @@
 """Base optimizers whose curvature GT-DDP can stand on: one file each."""
 
 from .adam import Adam, AdamW
-from .base import Controls, Curvature, Direction, Evidence, Metric, MomentumOf
+from .base import Controls, Cooperation, Curvature, Direction, Evidence, Metric, MomentumOf
+from .kronecker import EKFAC, KFAC, KroneckerCurvature
 from .rmsprop import RMSprop
 from .sgd import SGD
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "SGD",
     "Adam",
     "AdamW",
     "Controls",
+    "Cooperation",
     "Curvature",
     "Direction",
     "Evidence",
+    "KroneckerCurvature",
     "Metric",
     "MomentumOf",
     "RMSprop",

@@ -29,6 +29,8 @@ Statistics = Mapping[str, State]
 """Curvature statistics by qualified parameter name."""
 Group = Mapping[str, object]
 """One entry of ``param_groups``: the options of its parameters."""
+Cooperation = Literal["none", "theorem3", "exact", "corollary7"]
+"""How a projection shortcut's layer and the last main-path layer decide together (Sec. 4.3)."""
 MomentumOf = Literal["step", "gradient"]
 """What a momentum buffer keeps: the corrected step, or the raw gradient."""
 
@@ -115,9 +117,24 @@ class Curvature(ABC):
         return "gradient"
 
     @property
-    def cooperates(self) -> bool:
-        """Whether two layers of one player can be coupled (else cooperation is "none", Table 1)."""
-        return False
+    def of_paper(self) -> Cooperation:
+        """How layers cooperate in the paper with this curvature (Table 1)."""
+        return "none"
+
+    def cooperating(self, cooperation: Cooperation | None) -> Curvature:
+        """This curvature with a way for two layers of one player to decide together; None: its own default.
+
+        Identity and diagonal curvatures have no cross terms: "none" is all there is (Table 1).
+
+        Raises:
+            OptionError: this curvature does not know that way.
+        """
+        if cooperation not in (None, "none"):
+            raise OptionError(
+                f"cooperation={cooperation!r} needs a Kronecker curvature (KFAC, EKFAC); {type(self).__name__} has "
+                "no cross terms: use 'none'"
+            )
+        return self
 
     def defaults(self) -> dict[str, object]:
         """The options, as they go into ``param_groups``."""

@@ -29,6 +29,17 @@ def cheapest_gram_path(samples: int, positions: int, inputs: int, outputs: int) 
     return "positions" if B * B * L * L * (I + O) <= B * L * I * O + B * B * I * O else "materialise"
 
 
+def outer_product_gram(x_BGLI: Tensor, y_BGLO: Tensor, path: GramPath | None = None) -> Tensor:
+    """S S^T, shape (B, B), of per-sample gradients sum over positions of y x^T; ``path`` overrides the choice."""
+    B, G, L, I = x_BGLI.shape  # noqa: E741
+    if (path or cheapest_gram_path(B, L, I, y_BGLO.shape[3])) == "materialise":
+        grads = (y_BGLO.mT @ x_BGLI).flatten(1)
+        return grads @ grads.mT
+    x_G = x_BGLI.transpose(0, 1).reshape(G, B * L, -1)
+    y_G = y_BGLO.transpose(0, 1).reshape(G, B * L, -1)
+    return ((x_G @ x_G.mT) * (y_G @ y_G.mT)).reshape(G, B, L, B, L).sum((0, 2, 4))
+
+
 class AffineGradients(SampleGradients):
     """A layer whose weight gradient is, per sample and channel group, sum over positions of y x^T."""
 
@@ -64,15 +75,7 @@ class AffineGradients(SampleGradients):
         if weight is None or (isinstance(scale, Tensor) and scale.ndim > 0):
             return gram_of(self.per_sample(), inverse_metric)
         x_BGLI, y_BGLO = self.positions()
-        if path is None:
-            path = cheapest_gram_path(x_BGLI.shape[0], x_BGLI.shape[2], x_BGLI.shape[3], y_BGLO.shape[3])
-        if path == "materialise":
-            gram = gram_of({"weight": y_BGLO.mT @ x_BGLI}, {"weight": scale})
-        else:
-            B, G, L, _ = x_BGLI.shape
-            x_G = x_BGLI.transpose(0, 1).reshape(G, B * L, -1)
-            y_G = y_BGLO.transpose(0, 1).reshape(G, B * L, -1)
-            gram = scale * ((x_G @ x_G.mT) * (y_G @ y_G.mT)).reshape(G, B, L, B, L).sum((0, 2, 4))
+        gram = scale * outer_product_gram(x_BGLI, y_BGLO, path)
         if "bias" in self.controls:
             gram = gram + gram_of({"bias": self._bias_grads()}, inverse_metric)
         return gram

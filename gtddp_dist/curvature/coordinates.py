@@ -1,0 +1,159 @@
+"""A metric that is diagonal in a layer's Kronecker basis, or couples two layers' coordinates pair by pair.
+
+Every Kronecker metric here has one form: the gradient matrix goes into coordinates, E_B^T g E_A, is multiplied there
+by numbers (one a coordinate, and for a pair of cooperating layers a cross number), and comes back by E_B . E_A^T.
+KFAC, EKFAC and the cooperative games (Sec. 4.3, Theorem 3, Corollary 7) differ in the numbers and bases alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..players import AffineGradients, PlayerSamples, Scale, of_module, qualified
+from ..players.affine import outer_product_gram
+from ..players.base import gram_of
+from ..players.samples import symmetric
+from .base import Grads, Metric
+from .factors import InputSide
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """One layer's part of a metric.
+
+    Attributes:
+        inputs: basis of the input side.
+        outputs: E_B, shape (G, O, O).
+        inverse: C^-1 in the coordinates, shape (G, O, I).
+        separable: the same as an outer product b_GO a_GI, where it is one: cheaper Gram matrices.
+    """
+
+    inputs: InputSide
+    outputs: Tensor
+    inverse: Tensor
+    separable: tuple[Tensor, Tensor] | None = None
+
+    def into(self, matrix_GOI: Tensor) -> Tensor:
+        """E_B^T g E_A."""
+        return self.inputs.into(self.outputs.mT @ matrix_GOI)
+
+    def back(self, matrix_GOI: Tensor) -> Tensor:
+        """E_B g E_A^T."""
+        return self.inputs.back(self.outputs @ matrix_GOI)
+
+    def positions(self, part: AffineGradients) -> tuple[Tensor, Tensor]:
+        """x and y of every sample and position, in coordinates."""
+        x_BGLI, y_BGLO = self.inputs.layout.positions(part)
+        return self.inputs.into(x_BGLI), y_BGLO @ self.outputs
+
+    def per_sample(self, part: AffineGradients) -> Tensor:
+        """Every sample's gradient matrix in coordinates, shape (B, G, O, I)."""
+        x_BGLI, y_BGLO = self.positions(part)
+        return y_BGLO.mT @ x_BGLI
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Two cooperating layers: coordinates (o, i) of one and of the other go together where both have them.
+
+    Attributes:
+        first, second: module names.
+        inverse: the cross entry of each pair's 2 x 2 inverse, shape (pairs O, pairs I).
+    """
+
+    first: str
+    second: str
+    inverse: Tensor
+
+    def cross(self, matrix: Tensor) -> Tensor:
+        """The cross entries times one layer's coordinates (..., G, O, I), cut to those that have a partner."""
+        O, I = self.inverse.shape  # noqa: E741
+        return matrix[..., :O, :I] * self.inverse
+
+
+@dataclass(frozen=True)
+class CoordinateMetric(Metric):
+    """R of one player.
+
+    Attributes:
+        rates: learning rate by module name.
+        layers: affine modules' coordinates, by module name.
+        diagonal: R^-1 of the other parameters, by qualified name, rate included.
+        coupling: the two layers that cooperate.
+    """
+
+    rates: Mapping[str, float]
+    layers: Mapping[str, Coordinates]
+    diagonal: Mapping[str, Scale]
+    coupling: Coupling | None = None
+
+    def solve(self, grads: Grads) -> dict[str, Tensor]:
+        into = {
+            name: layer.into(layer.inputs.layout.matrix(of_module(name, grads))) for name, layer in self.layers.items()
+        }
+        solved = {name: matrix * self.layers[name].inverse for name, matrix in into.items()}
+        if self.coupling is not None:
+            u, v = self.coupling.first, self.coupling.second
+            O, I = self.coupling.inverse.shape  # noqa: E741
+            solved[u][..., :O, :I] += self.coupling.cross(into[v])
+            solved[v][..., :O, :I] += self.coupling.cross(into[u])
+        result = {name: grad * self.diagonal[name] for name, grad in grads.items() if name in self.diagonal}
+        for name, layer in self.layers.items():
+            back = layer.inputs.layout.parameters(layer.back(solved[name]) * self.rates[name])
+            result.update({qualified(name, local): grad for local, grad in back.items()})
+        return result
+
+    def gram(self, samples: PlayerSamples) -> Tensor:
+        total: Tensor | float = 0.0
+        coupled: dict[str, Tensor] = {}
+        for name, part in samples.parts.items():
+            if name not in self.layers:
+                local = of_module(name, self.diagonal)
+                total = total + gram_of(part.per_sample(), local).double()
+                continue
+            layer = self.layers[name]
+            assert isinstance(part, AffineGradients)
+            if layer.separable is not None:
+                b_GO, a_GI = layer.separable
+                x_BGLI, y_BGLO = layer.positions(part)
+                gram = outer_product_gram(x_BGLI * a_GI.sqrt()[:, None], y_BGLO * b_GO.sqrt()[:, None])
+            else:
+                grads = layer.per_sample(part)
+                gram = (grads * layer.inverse).flatten(1) @ grads.flatten(1).mT
+                if self.coupling is not None and name in (self.coupling.first, self.coupling.second):
+                    coupled[name] = grads
+            total = total + self.rates[name] * gram.double()
+        if self.coupling is not None and len(coupled) == 2:
+            O, I = self.coupling.inverse.shape  # noqa: E741
+            u, v = coupled[self.coupling.first], coupled[self.coupling.second]
+            cross = self.coupling.cross(u).flatten(1) @ v[..., :O, :I].flatten(1).mT
+            total = total + self.rates[self.coupling.first] * (cross + cross.mT).double()
+        assert isinstance(total, Tensor)
+        return symmetric(total)
+
+    def multiply(self, grads: Grads) -> dict[str, Tensor]:
+        """R g: the same with every number's and every pair's inverse, in the bases' inverses."""
+        return self._inverted().solve(grads)
+
+    def _inverted(self) -> CoordinateMetric:
+        layers = {
+            name: Coordinates(layer.inputs.inverse(), torch.linalg.inv(layer.outputs).mT, 1 / layer.inverse)
+            for name, layer in self.layers.items()
+        }
+        coupling = self.coupling
+        if coupling is not None:
+            O, I = coupling.inverse.shape  # noqa: E741
+            first, second = (self.layers[n].inverse for n in (coupling.first, coupling.second))
+            n = coupling.inverse
+            determinant = first[0, :O, :I] * second[0, :O, :I] - n**2
+            for name, partner in ((coupling.first, second), (coupling.second, first)):
+                inverse = layers[name].inverse.clone()
+                inverse[0, :O, :I] = partner[0, :O, :I] / determinant
+                layers[name] = replace(layers[name], inverse=inverse)
+            coupling = replace(coupling, inverse=-n / determinant)
+        diagonal = {name: 1 / scale for name, scale in self.diagonal.items()}
+        return CoordinateMetric({name: 1 / rate for name, rate in self.rates.items()}, layers, diagonal, coupling)

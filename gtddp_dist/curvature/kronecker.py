@@ -1,0 +1,533 @@
+"""KFAC and EKFAC: Kronecker factors of every layer, their bases, and two cooperating layers' joint metric.
+
+KFAC (arXiv 1503.05671, 1602.01407) takes A (x) B for the curvature of a layer, EKFAC (arXiv 1806.03884) its
+eigenbasis with corrected eigenvalues. Both are base optimizers by themselves:
+
+    buf <- mu buf + C^-1 g;   step = -lr buf;   decay (1 - lr wd) apart
+
+In GT-DDP two layers of one player, u on the main path and v on a projection shortcut, may cooperate (Sec. 4.3):
+their metric then has cross factors A_uv = E[x_u x_v^T] and B_uv = E[y_u y_v^T] (Eq. 22-24, Theorem 3, Corollary 7).
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..capture import Stream
+from ..errors import CurvatureError, OptionError
+from ..players import AffineGradients, PlayerSamples, is_affine, of_module, qualified
+from ..trajectory import Player
+from . import factors as bases
+from .base import (
+    Controls,
+    Cooperation,
+    Curvature,
+    Direction,
+    Evidence,
+    Grads,
+    MomentumOf,
+    State,
+    Statistics,
+    check,
+    number,
+)
+from .coordinates import CoordinateMetric, Coordinates, Coupling
+from .factors import Factors, InputSide, Layout
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerCurvature(Curvature):
+    """What KFAC and EKFAC share.
+
+    Attributes:
+        lr: learning rate; 0 or more.
+        momentum: mu; the buffer keeps preconditioned steps.
+        weight_decay: decoupled: u <- (1 - lr wd) u, apart from the step.
+        damping: added to the curvature when it is solved with.
+        factor_decay: of the running averages of factors and second moments.
+        factor_every: steps from one update of the factors to the next.
+        basis_every: steps from one decomposition of the factors to the next.
+        factors: what they are made of: "unfolded" patches and all positions; "spatially_uncorrelated": over channels
+            alone; "reduced": mean inputs and summed output gradients (KFAC-reduce).
+        fisher: "empirical": gradients of the batch's own loss; "sampled": of labels drawn from the model's softmax.
+        max_factor_dim: largest factor allowed.
+        max_basis_failures: decompositions in a row that may fail, the previous basis being kept, before an error.
+    """
+
+    lr: float = 0.03
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    damping: float = 0.03
+    factor_decay: float = 0.95
+    factor_every: int = 1
+    basis_every: int = 50
+    factors: Factors = "unfolded"
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    max_factor_dim: int = 8192
+    max_basis_failures: int = 3
+    cooperation: Cooperation = field(default="none", repr=False)
+    """Set by the optimizer, from its option of that name."""
+    lenient: bool = field(default=False, repr=False)
+    """Players that cannot cooperate do not, rather than being refused (the optimizer's default)."""
+
+    def __post_init__(self) -> None:
+        check(self.lr >= 0, "lr", self.lr, "a number >= 0")
+        check(0 <= self.momentum < 1, "momentum", self.momentum, "a number in [0, 1)")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        check(self.damping > 0, "damping", self.damping, "a number > 0")
+        check(0 <= self.factor_decay < 1, "factor_decay", self.factor_decay, "a number in [0, 1)")
+        for name in ("factor_every", "basis_every", "max_factor_dim"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
+        check(self.max_basis_failures >= 0, "max_basis_failures", self.max_basis_failures, "a whole number >= 0")
+        choices = ("unfolded", "spatially_uncorrelated", "reduced")
+        check(self.factors in choices, "factors", self.factors, "one of " + ", ".join(map(repr, choices)))
+        check(self.fisher in ("empirical", "sampled"), "fisher", self.fisher, "'empirical' or 'sampled'")
+        check(
+            self.cooperation == "none" or self.factors != "spatially_uncorrelated",
+            "factors",
+            self.factors,
+            f"'unfolded' or 'reduced' with cooperation={self.cooperation!r} (cross factors join two layers' patches)",
+        )
+
+    def defaults(self) -> dict[str, object]:
+        return {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay, "damping": self.damping}
+
+    @property
+    def needs_samples(self) -> bool:
+        return True
+
+    @property
+    def stream(self) -> Stream:
+        return "gradient" if self.fisher == "empirical" else "sampled"
+
+    @property
+    def of_paper(self) -> Cooperation:
+        return "theorem3"
+
+    def cooperating(self, cooperation: Cooperation | None) -> KroneckerCurvature:
+        default: Cooperation = "none" if self.factors == "spatially_uncorrelated" else "exact"
+        return replace(self, cooperation=cooperation or default, lenient=cooperation is None)
+
+    # ------------------------------------------------------------------------------------------------------
+    # Which layers there are, and which cooperate
+
+    def check(self, controls: Controls) -> None:
+        assert controls.player is not None
+        for name, layout in _layers(controls).items():
+            bases.check_size(name, layout, self.factors, self.max_factor_dim)
+            own = of_module(name, controls.groups)
+            if any(group is not next(iter(own.values())) for group in own.values()):
+                raise OptionError(
+                    f"param_groups: weight and bias of module '{name}' are in different groups; a Kronecker "
+                    "curvature couples them: put them into one"
+                )
+        pair = self._pair(controls)
+        if pair is not None and len({id(of_module(n, controls.groups).popitem()[1]) for n in pair}) > 1:
+            raise OptionError(
+                f"param_groups: modules '{pair[0]}' and '{pair[1]}' cooperate (cooperation={self.cooperation!r}): put "
+                "their parameters into one group, or use cooperation='none'"
+            )
+
+    def _pair(self, controls: Controls) -> tuple[str, str] | None:
+        """The modules u and v that cooperate in this player, if any."""
+        player = cast(Player, controls.player)
+        if self.cooperation == "none" or not player.shortcut:
+            return None
+        layers = _layers(controls)
+        main = [name for name in layers if name not in player.shortcut]
+        shortcut = [name for name in layers if name in player.shortcut]
+        reason = None
+        if len(main) != 1 or len(shortcut) != 1:
+            reason = f"has {len(main)} layers on the main path and {len(shortcut)} on shortcuts, not one and one"
+        elif any(layers[name].groups > 1 for name in (*main, *shortcut)):
+            reason = "has a grouped convolution"
+        if reason is None:
+            return main[0], shortcut[0]
+        if self.lenient:
+            return None
+        raise OptionError(
+            f"player '{player.name}' {reason}, which cooperation={self.cooperation!r} does not take; use "
+            "cooperation='none', or projection='separate'"
+        )
+
+    # ------------------------------------------------------------------------------------------------------
+    # Statistics: running averages, then bases
+
+    def statistics(self, controls: Controls, evidence: Evidence) -> dict[str, State]:
+        new: dict[str, State] = {name: {} for name in evidence.gradient}
+        if controls.player is None:
+            return new
+        samples = evidence.samples
+        layers = _layers(controls)
+        if samples is None or not layers.keys() <= samples.parts.keys():
+            raise CurvatureError(
+                f"player '{controls.player.name}': no derivative of the stream '{self.stream}' reached all its modules"
+            )
+        anchors = {name: _anchor(name, controls) for name in layers}
+        first = next(iter(new))
+        steps = int(controls.state[first].get("step", torch.zeros(())))
+        for name in new:
+            new[name] = {k: v for k, v in controls.state[name].items() if k != "momentum_buffer"}
+        if steps % self.factor_every == 0:
+            self._average(controls, samples, layers, new)
+        if steps % self.basis_every == 0 or any("basis_b" not in new[anchor] for anchor in anchors.values()):
+            self._refresh(controls, layers, new)
+        if steps % self.factor_every == 0:
+            self._correct(controls, samples, layers, new)
+        new[first]["step"] = torch.tensor(float(steps + 1))
+        return new
+
+    def _mix(self, state: State, key: str, value: Tensor, module: str) -> None:
+        if not bool(torch.isfinite(value).all()):
+            raise CurvatureError(f"module '{module}': {key} of this step is not finite; nothing was changed")
+        state[key] = state[key].lerp(value, 1 - self.factor_decay) if key in state else value
+
+    def _average(
+        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+    ) -> None:
+        """Running averages of factors, cross factors, and the squares of normalisation parameters' gradients."""
+        pair = self._pair(controls)
+        kept: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, part in samples.parts.items():
+            if name not in layers:
+                for local, grads in part.per_sample().items():
+                    self._mix(new[qualified(name, local)], "square_avg", (grads**2).mean(0), name)
+                continue
+            assert isinstance(part, AffineGradients)
+            state = new[_anchor(name, controls)]
+            layout = layers[name]
+            x_BGLI, y_BGLO = layout.positions(part)
+            if pair is not None and self.cooperation == "corollary7" and name in pair and "factor_a" not in state:
+                kept[name] = (x_BGLI, y_BGLO)
+            positions = y_BGLO.shape[2]
+            x_BGLI, y_BGLO = bases.reduced(x_BGLI, y_BGLO, self.factors)
+            if self.factors == "spatially_uncorrelated" and layout.channels:
+                self._mix(state, "factor_a", bases.channel_factor(part, layout), name)
+                self._mix(state, "factor_ones", torch.full_like(x_BGLI[0, 0, 0, 0], positions), name)
+            else:
+                self._mix(state, "factor_a", bases.input_factor(x_BGLI), name)
+            self._mix(state, "factor_b", bases.output_factor(y_BGLO), name)
+            if pair is not None and self.cooperation != "corollary7" and name in pair:
+                kept[name] = (x_BGLI, y_BGLO)
+        if pair is None or not kept:
+            return
+        (x_u, y_u), (x_v, y_v) = kept[pair[0]], kept[pair[1]]
+        if self.cooperation == "corollary7":
+            if x_u.shape != x_v.shape or not torch.equal(x_u, x_v) or not torch.allclose(y_u, y_v):
+                raise OptionError(
+                    f"player '{cast(Player, controls.player).name}': cooperation='corollary7' needs two layers with "
+                    "the same input and the same output derivative; use 'exact'"
+                )
+            return
+        state = new[_anchor(pair[0], controls)]
+        self._mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0])
+        self._mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0])
+
+    def _refresh(self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State]) -> None:
+        """New bases; where a decomposition fails the previous one is kept, a bounded number of times."""
+        pair = self._pair(controls)
+        for name in layers:
+            state = new[_anchor(name, controls)]
+            if pair is not None and name == pair[1]:
+                continue  # with its partner
+            partner = None if pair is None or name not in pair else new[_anchor(pair[1], controls)]
+            try:
+                if partner is None:
+                    self._eigenbases(state)
+                elif self.cooperation == "corollary7":
+                    self._eigenbases(state)
+                    partner.update({key: state[key] for key in ("basis_a", "basis_b", "values_a", "values_b")})
+                else:
+                    self._canonical_bases(state, partner, controls.groups[_anchor(name, controls)])
+            except torch.linalg.LinAlgError as error:
+                failures = int(state.get("basis_failures", torch.zeros(()))) + 1
+                if "basis_b" not in state or failures > self.max_basis_failures:
+                    raise CurvatureError(
+                        f"module '{name}': decomposing its factors failed ({error}), {failures} times in a row "
+                        f"(max_basis_failures={self.max_basis_failures}); more damping or a smaller rate may help"
+                    ) from error
+                state["basis_failures"] = torch.tensor(float(failures))
+                _log.warning("module '%s': decomposition failed (%s); the previous basis is kept", name, error)
+                continue
+            state["basis_failures"] = torch.zeros(())
+            self._restart(state, partner, layers[name], controls, name)
+
+    def _eigenbases(self, state: State) -> None:
+        values_a, basis_a = bases.eigenbasis(state["factor_a"])
+        values_b, basis_b = bases.eigenbasis(state["factor_b"])
+        state.update(basis_a=basis_a, basis_b=basis_b, values_a=values_a, values_b=values_b)
+
+    def _canonical_bases(self, u: State, v: State, group: Mapping[str, object]) -> None:
+        root = number(group, "damping") ** 0.5
+        damped = {}
+        for key, state in (("u", u), ("v", v)):
+            a, b = state["factor_a"][0], state["factor_b"][0]
+            pi = trace_ratio(a, b)
+            damped[key] = (a + pi * root * torch.eye(len(a)).to(a), b + root / pi * torch.eye(len(b)).to(b))
+        a_u, a_v, s_a = bases.canonical_bases(damped["u"][0], damped["v"][0], u["cross_a"][0])
+        b_u, b_v, s_b = bases.canonical_bases(damped["u"][1], damped["v"][1], u["cross_b"][0])
+        u.update(basis_a=a_u[None], basis_b=b_u[None], correlation_a=s_a, correlation_b=s_b)
+        v.update(basis_a=a_v[None], basis_b=b_v[None])
+
+    @abstractmethod
+    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+        """Set what lives in the new basis."""
+
+    @abstractmethod
+    def _correct(
+        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+    ) -> None:
+        """Running averages of what lives in the basis."""
+
+    # ------------------------------------------------------------------------------------------------------
+    # The metric
+
+    def metric(self, controls: Controls, statistics: Statistics) -> CoordinateMetric | None:
+        known = controls.player is None or "step" in statistics[next(iter(controls.parameters))]
+        return self._metric(controls, statistics, rated=True) if known else None
+
+    def _metric(self, controls: Controls, statistics: Statistics, *, rated: bool) -> CoordinateMetric:
+        """R = C / lr; without the rates, C."""
+        lr = {name: number(group, "lr") if rated else 1.0 for name, group in controls.groups.items()}
+        if controls.player is None:
+            return CoordinateMetric({}, {}, lr)
+        layers = _layers(controls)
+        pair = self._pair(controls)
+        coordinates: dict[str, Coordinates] = {}
+        rates: dict[str, float] = {}
+        for name, layout in layers.items():
+            anchor = _anchor(name, controls)
+            rates[name] = lr[anchor]
+            if pair is None or name not in pair:
+                coordinates[name] = self._alone(statistics[anchor], layout, number(controls.groups[anchor], "damping"))
+        coupling = None
+        if pair is not None:
+            u, v = (statistics[_anchor(name, controls)] for name in pair)
+            damping = number(controls.groups[_anchor(pair[0], controls)], "damping")
+            both, cross = self._together(u, v, [layers[name] for name in pair], damping)
+            coordinates.update(zip(pair, both, strict=True))
+            coupling = Coupling(pair[0], pair[1], cross)
+        diagonal: dict[str, Tensor] = {}
+        for name, state in statistics.items():
+            if "square_avg" in state:
+                diagonal[name] = lr[name] / (state["square_avg"] + number(controls.groups[name], "damping"))
+        return CoordinateMetric(rates, coordinates, diagonal, coupling)
+
+    @abstractmethod
+    def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
+        """The coordinates of a layer that decides by itself."""
+
+    @abstractmethod
+    def _together(
+        self, u: State, v: State, layouts: list[Layout], damping: float
+    ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
+        """The coordinates of two layers that cooperate, and the cross entries of their pairs."""
+
+    def _sides(self, state: State, layout: Layout) -> tuple[InputSide, Tensor]:
+        by_channel = self.factors == "spatially_uncorrelated" and layout.channels > 0
+        return InputSide(state["basis_a"], layout, by_channel), state["basis_b"]
+
+    # ------------------------------------------------------------------------------------------------------
+    # The base rule
+
+    def direction(self, controls: Controls, statistics: Statistics) -> Direction:
+        fresh = dict.fromkeys(controls.parameters, 1.0)
+        buffers = {
+            name: state["momentum_buffer"] * number(controls.groups[name], "momentum")
+            for name, state in controls.state.items()
+            if "momentum_buffer" in state
+        }
+        if buffers.keys() != controls.parameters.keys():
+            return Direction(fresh, {})
+        # R^-1 p = lr (C^-1 g + mu buf), so p = g + mu C buf.
+        return Direction(fresh, self._metric(controls, statistics, rated=False).multiply(buffers))
+
+    def update(
+        self,
+        controls: Controls,
+        gradient: Grads,
+        correction: Grads,
+        statistics: dict[str, State],
+        momentum_of: MomentumOf,
+    ) -> None:
+        for name, new in statistics.items():
+            controls.state[name].update(new)
+        metric = self._metric(controls, controls.state, rated=False)
+        base = metric.solve(gradient)
+        corrected = metric.solve(correction) if correction else {}
+        for name, step in base.items():
+            parameter, state, group = controls.parameters[name], controls.state[name], controls.groups[name]
+            lr, momentum = number(group, "lr"), number(group, "momentum")
+            if momentum:
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(step))
+                step = buffer.mul_(momentum).add_(step)
+            if name in corrected:
+                step = step + corrected[name]
+                if momentum and momentum_of == "step":
+                    state["momentum_buffer"].add_(corrected[name])
+            parameter.mul_(1 - lr * number(group, "weight_decay"))
+            parameter.sub_(step, alpha=lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFAC(KroneckerCurvature):
+    """C = (A + pi sqrt(damping)) (x) (B + sqrt(damping) / pi), pi^2 the ratio of the factors' mean eigenvalues."""
+
+    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+        pass
+
+    def _correct(
+        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+    ) -> None:
+        pass
+
+    def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
+        side, basis_b = self._sides(state, layout)
+        root, pi = damping**0.5, value_ratio(state["values_a"], state["values_b"])[:, None]
+        ones = state.get("factor_ones", state["values_b"][0, 0])
+        a_GI = 1 / (side.entries(state["values_a"], ones) + pi * root)
+        b_GO = 1 / (state["values_b"] + root / pi)
+        return Coordinates(side, basis_b, b_GO[:, :, None] * a_GI[:, None], (b_GO, a_GI))
+
+    def _together(
+        self, u: State, v: State, layouts: list[Layout], damping: float
+    ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
+        if self.cooperation == "corollary7":
+            return _corollary7(self, u, layouts, u["values_b"][:, :, None] * u["values_a"][:, None], damping)
+        s_a, s_b = u["correlation_a"], u["correlation_b"]
+        both = []
+        for state, layout in zip((u, v), layouts, strict=True):
+            side, basis_b = self._sides(state, layout)
+            a2, b2 = _padded(s_a, layout.inputs) ** 2, _padded(s_b, layout.outputs) ** 2
+            product = b2[:, None] * a2
+            inverse = 1 / (1 - product) if self.cooperation == "exact" else 1 / ((1 - b2[:, None]) * (1 - a2))
+            both.append(Coordinates(side, basis_b, inverse[None]))
+        cross = -(s_b[:, None] * s_a) * both[0].inverse[0, : len(s_b), : len(s_a)]
+        return (both[0], both[1]), cross
+
+
+@dataclass(frozen=True, kw_only=True)
+class EKFAC(KroneckerCurvature):
+    """C = U diag(s + damping) U^T, U the factors' eigenbasis and s = E_b[(U_B^T g_b U_A)^2], a running average.
+
+    Two cooperating layers ("exact") keep the 2 x 2 second moments of each pair of canonical coordinates instead.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.cooperation != "theorem3",
+            "cooperation",
+            "theorem3",
+            "'none', 'exact' or 'corollary7' with EKFAC (Theorem 3 has no corrected eigenvalues; use KFAC)",
+        )
+
+    @property
+    def of_paper(self) -> Cooperation:
+        # The pairs' own second moments take the place of Theorem 3's factors.
+        return "exact"
+
+    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+        if partner is None or self.cooperation == "corollary7":
+            side, _ = self._sides(state, layout)
+            ones = state.get("factor_ones", state["values_b"][0, 0])
+            values_a = side.entries(state["values_a"], ones)
+            state["second_moments"] = state["values_b"][:, :, None] * values_a[:, None]
+            return
+        s_a, s_b = state["correlation_a"], state["correlation_b"]
+        for each in (state, partner):
+            shape = (1, each["basis_b"].shape[1], each["basis_a"].shape[1])
+            each["second_moments"] = torch.ones(shape).to(each["basis_a"])
+        state["cross_moments"] = s_b[:, None] * s_a
+
+    def _correct(
+        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+    ) -> None:
+        pair = self._pair(controls)
+        coupled: dict[str, Tensor] = {}
+        for name, layout in layers.items():
+            if pair is not None and self.cooperation == "corollary7" and name == pair[1]:
+                continue  # the same as its partner's
+            state = new[_anchor(name, controls)]
+            side, basis_b = self._sides(state, layout)
+            part = samples.parts[name]
+            assert isinstance(part, AffineGradients)
+            grads_BGOI = Coordinates(side, basis_b, state["second_moments"]).per_sample(part)
+            self._mix(state, "second_moments", (grads_BGOI**2).mean(0), name)
+            if pair is not None and name in pair:
+                coupled[name] = grads_BGOI
+        if pair is not None and self.cooperation == "exact":
+            state = new[_anchor(pair[0], controls)]
+            O, I = state["cross_moments"].shape  # noqa: E741
+            product = coupled[pair[0]][:, 0, :O, :I] * coupled[pair[1]][:, 0, :O, :I]
+            self._mix(state, "cross_moments", product.mean(0), pair[0])
+
+    def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
+        side, basis_b = self._sides(state, layout)
+        return Coordinates(side, basis_b, 1 / (state["second_moments"] + damping))
+
+    def _together(
+        self, u: State, v: State, layouts: list[Layout], damping: float
+    ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
+        if self.cooperation == "corollary7":
+            return _corollary7(self, u, layouts, u["second_moments"], damping)
+        cross = u["cross_moments"]
+        O, I = cross.shape  # noqa: E741
+        damped = [state["second_moments"] + damping for state in (u, v)]
+        determinant = damped[0][0, :O, :I] * damped[1][0, :O, :I] - cross**2
+        both = []
+        for state, layout, own, other in zip((u, v), layouts, damped, reversed(damped), strict=True):
+            inverse = 1 / own
+            inverse[0, :O, :I] = other[0, :O, :I] / determinant
+            side, basis_b = self._sides(state, layout)
+            both.append(Coordinates(side, basis_b, inverse))
+        return (both[0], both[1]), -cross / determinant
+
+
+def _corollary7(
+    curvature: KroneckerCurvature, u: State, layouts: list[Layout], values_GOI: Tensor, damping: float
+) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
+    """Same input, same output derivative: one eigenbasis, pairs [[l + g, l], [l, l + g]], g the damping.
+
+    The Schur complement's eigenvalue is (l + g) - l^2 / (l + g) (Corollary 7).
+    """
+    schur = (values_GOI + damping) - values_GOI**2 / (values_GOI + damping)
+    side, basis_b = curvature._sides(u, layouts[0])
+    one = Coordinates(side, basis_b, 1 / schur)
+    other = Coordinates(InputSide(side.basis, layouts[1], side.by_channel), basis_b, 1 / schur)
+    return (one, other), (-values_GOI / (values_GOI + damping) / schur)[0]
+
+
+def trace_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """pi = sqrt((tr A / dim A) / (tr B / dim B)), 1 where a factor is zero (a dead layer)."""
+    return value_ratio(a.diagonal(dim1=-2, dim2=-1), b.diagonal(dim1=-2, dim2=-1))
+
+
+def value_ratio(values_a: Tensor, values_b: Tensor) -> Tensor:
+    """The same from eigenvalues or diagonals, along the last dimension."""
+    mean_a, mean_b = values_a.mean(-1), values_b.mean(-1)
+    return torch.where((mean_a > 0) & (mean_b > 0), mean_a / mean_b, torch.ones_like(mean_a)).sqrt()
+
+
+def _padded(s: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(s, (0, size - len(s)))
+
+
+def _layers(controls: Controls) -> dict[str, Layout]:
+    """The player's affine modules and their layouts."""
+    player = cast(Player, controls.player)
+    return {name: Layout.of(module) for name, module in player.modules.items() if is_affine(module)}
+
+
+def _anchor(module: str, controls: Controls) -> str:
+    """The parameter whose state keeps the module's factors: its first control."""
+    return next(name for name in controls.parameters if name.rpartition(".")[0] == module)
