@@ -18,7 +18,7 @@ from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .options import PAPER, Options
 from .step import Step
 from .terminal import exact_cotangents, sampled_cotangents
-from .tracing import trace
+from .tracing import Projection, trace
 from .trajectory import Player, from_stages
 
 
@@ -39,6 +39,9 @@ class GTDDP(torch.optim.Optimizer):
         param_groups: as torch's; every trainable parameter of the model in exactly one. None: one group.
         stages: the stages by hand, for a model that cannot be traced: modules that take and return live tensors.
         plain_modules: names of modules whose parameters get the base update without feedback.
+        plain_parameters: names of single parameters that do, while their module is traced through.
+        projection: "cooperative": a projection shortcut joins the last player of its main path; "separate": it is a
+            player and a stage of its own.
         grad_scaler: the GradScaler, needed only if ``unscale_`` is called before the step.
         inspect: keep what :meth:`value` and :meth:`policy` need (small nets).
         options: see :class:`gtddp_dist.options.Options`.
@@ -59,6 +62,8 @@ class GTDDP(torch.optim.Optimizer):
         param_groups: Iterable[dict[str, object]] | None = None,
         stages: Sequence[nn.Module] | None = None,
         plain_modules: Collection[str] = (),
+        plain_parameters: Collection[str] = (),
+        projection: Projection = "cooperative",
         grad_scaler: torch.amp.GradScaler | None = None,
         inspect: bool = False,
         **options: object,
@@ -68,7 +73,12 @@ class GTDDP(torch.optim.Optimizer):
         except TypeError as error:
             raise OptionError(f"{error}; the options are {', '.join(Options.__dataclass_fields__)}") from None
         self.curvature = curvature.cooperating(self.options.cooperation)
-        self.trajectory = trace(model, plain_modules) if stages is None else from_stages(model, stages, plain_modules)
+        if stages is None:
+            self.trajectory = trace(model, plain_modules, plain_parameters, projection)
+        elif projection != "cooperative":
+            raise OptionError(f"projection={projection!r} with stages=[...]: the stages say who decides together")
+        else:
+            self.trajectory = from_stages(model, stages, plain_modules, plain_parameters)
         self._model = model
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._names = {p: name for name, p in self._parameters.items()}

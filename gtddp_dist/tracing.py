@@ -7,33 +7,52 @@ import operator
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast, get_args
 
 import torch
 from torch import fx, nn
 
-from .errors import ModelError
+from .errors import ModelError, OptionError
 from .players import is_affine, is_supported
-from .trajectory import LiveValue, Player, Stage, Trajectory, check_parameters, is_trainable, plain_parameters
+from .trajectory import LiveValue, Player, Stage, Trajectory, check_parameters, is_trainable, without_feedback
+
+Projection = Literal["cooperative", "separate"]
+"""Whether a projection shortcut decides together with the last player of the main path, or by itself."""
 
 
-def trace(model: nn.Module, plain_modules: Collection[str] = ()) -> Trajectory:
+def trace(
+    model: nn.Module,
+    plain_modules: Collection[str] = (),
+    plain_parameters: Collection[str] = (),
+    projection: Projection = "cooperative",
+) -> Trajectory:
     """Trace an ordinary model with torch.fx and cut it into stages.
 
     Args:
         model: any module that torch.fx can trace in training mode.
         plain_modules: names of modules to take as they are: their parameters get the base update without feedback.
+        plain_parameters: names of parameters that do so while their module is traced through: a class token, the
+            position embedding of a transformer, a scale that is no layer of its own.
+        projection: "cooperative": the modules of a projection shortcut join the last player of the main path they
+            are added to (Sec. 3.3); "separate": they are a player and a stage of their own.
 
     Raises:
+        OptionError: ``projection`` is neither.
         ModelError: the model cannot be traced; a module is used twice; a trainable parameter belongs to no supported
             module; there is nothing to train.
     """
-    check_parameters(model, plain_modules)
+    if projection not in get_args(Projection):
+        choices = ", ".join(map(repr, get_args(Projection)))
+        raise OptionError(f"projection={projection!r}, expected one of {choices}")
+    check_parameters(model, plain_modules, plain_parameters)
     graph = _traced_graph(model, plain_modules)
     modules = dict(model.named_modules())
     anchors = _player_nodes(graph, modules, plain_modules)
-    groups, shortcuts = _grouped(graph, anchors, modules)
-    return _cut_into_stages(model, graph, groups, shortcuts, plain_modules)
+    group = _with_normalisation(anchors)
+    fixed = _of_parameters_alone(graph, model)
+    shortcuts = _join_projections(graph, anchors, group, fixed) if projection == "cooperative" else set()
+    groups = list({id(members): members for members in group.values()}.values())
+    return _cut_into_stages(model, graph, groups, shortcuts, fixed)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -42,6 +61,10 @@ def trace(model: nn.Module, plain_modules: Collection[str] = ()) -> Trajectory:
 
 class _Tracer(fx.Tracer):
     """Stops at supported modules, plain modules and torch.nn's own; remembers where it is, for the error."""
+
+    # Else operations on buffers would run while tracing, once and for all: a counter would count the trace, and a
+    # value made from a buffer would be frozen, as a tensor left on the user's model.
+    proxy_buffer_attributes = True
 
     def __init__(self, leaves: Collection[nn.Module]) -> None:
         super().__init__()
@@ -60,7 +83,7 @@ class _Tracer(fx.Tracer):
 
 def _traced_graph(model: nn.Module, plain_modules: Collection[str]) -> fx.Graph:
     modules = dict(model.named_modules())
-    tracer = _Tracer({modules[name] for name in plain_modules if name})
+    tracer = _Tracer({modules[name] for name in plain_modules})
     # Flags with defaults (say, return_features=False) are fixed at their default; tensors stay symbolic.
     fixed = {
         name: parameter.default
@@ -125,10 +148,8 @@ def _player_nodes(
     return anchors
 
 
-def _grouped(
-    graph: fx.Graph, anchors: Mapping[fx.Node, nn.Module], modules: Mapping[str, nn.Module]
-) -> tuple[list[list[fx.Node]], set[fx.Node]]:
-    """Player nodes that decide together, and which of them lie on projection shortcuts."""
+def _with_normalisation(anchors: Mapping[fx.Node, nn.Module]) -> dict[fx.Node, list[fx.Node]]:
+    """Player nodes by player: a normalisation layer joins the affine module it directly follows."""
     group: dict[fx.Node, list[fx.Node]] = {}
     for node, module in anchors.items():
         source = node.all_input_nodes[0]
@@ -137,14 +158,23 @@ def _grouped(
             group[node] = group[source]
         else:
             group[node] = [node]
+    return group
 
+
+def _join_projections(
+    graph: fx.Graph,
+    anchors: Mapping[fx.Node, nn.Module],
+    group: dict[fx.Node, list[fx.Node]],
+    fixed: Collection[fx.Node],
+) -> set[fx.Node]:
+    """Let projection shortcuts join the last player of their main path, in ``group``; returns their nodes."""
     ancestors = _ancestors(graph)
     shortcuts: set[fx.Node] = set()
     for node in graph.nodes:
         if not _is_sum(node):
             continue
         for branch, main in (node.args[::-1], node.args):
-            fork, on_branch = _walk_to_fork(branch, anchors, group)
+            fork, on_branch = _walk_to_fork(branch, anchors, group, fixed)
             inside = [n for n in anchors if n in ancestors[main] | {main} and n not in ancestors[fork] | {fork}]
             if len(on_branch) == 1 and is_affine(anchors[on_branch[0][0]]) and fork in ancestors[main] and inside:
                 u, v = group[inside[-1]], on_branch[0]
@@ -154,8 +184,7 @@ def _grouped(
                     for member in v:
                         group[member] = u
                 break
-    unique = {id(members): members for members in group.values()}
-    return list(unique.values()), shortcuts
+    return shortcuts
 
 
 def _is_sum(node: fx.Node) -> bool:
@@ -166,15 +195,18 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _walk_to_fork(
-    end: fx.Node, anchors: Mapping[fx.Node, nn.Module], group: Mapping[fx.Node, list[fx.Node]]
+    end: fx.Node,
+    anchors: Mapping[fx.Node, nn.Module],
+    group: Mapping[fx.Node, list[fx.Node]],
+    fixed: Collection[fx.Node],
 ) -> tuple[fx.Node, list[list[fx.Node]]]:
     """Walk from a summand back to where its branch opens; also the players met on the way, last first."""
     met: list[list[fx.Node]] = []
     node = end
-    while len(node.users) == 1 and len(node.all_input_nodes) == 1:
+    while len(node.users) == 1 and len(reads := [n for n in node.all_input_nodes if n not in fixed]) == 1:
         if node in anchors and all(members is not group[node] for members in met):
             met.append(group[node])
-        node = node.all_input_nodes[0]
+        node = reads[0]
     return node, met
 
 
@@ -211,8 +243,8 @@ def _cut_into_stages(
     model: nn.Module,
     graph: fx.Graph,
     groups: list[list[fx.Node]],
-    shortcuts: set[fx.Node],
-    plain_modules: Collection[str],
+    shortcuts: Collection[fx.Node],
+    fixed: Collection[fx.Node],
 ) -> Trajectory:
     groups = _ordered(groups, graph)
     last = len(groups)
@@ -222,10 +254,10 @@ def _cut_into_stages(
             stage_of[node] = -1
         elif node.op == "output":
             stage_of[node] = last
-        elif node.op != "get_attr" and node not in stage_of:
-            reads = [n for n in node.all_input_nodes if n.op != "get_attr"]
+        elif node not in fixed and node not in stage_of:
+            reads = [n for n in node.all_input_nodes if n not in fixed]
             if _changes_its_input(node, model):  # not before those who read the old value...
-                reads += [user for user in reads[0].users if user in stage_of]
+                reads += [user for user in node.all_input_nodes[0].users if user in stage_of]
             # ...and those who read the new value not before it
             reads += [
                 u for n in reads for u in n.users if u in stage_of and _changes_its_input(u, model) and u is not n
@@ -237,7 +269,7 @@ def _cut_into_stages(
         return [
             node
             for node in graph.nodes
-            if node.op != "get_attr" and stage_of[node] < cut and any(stage_of[user] >= cut for user in node.users)
+            if node not in fixed and stage_of[node] < cut and any(stage_of[user] >= cut for user in node.users)
         ]
 
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -246,12 +278,13 @@ def _cut_into_stages(
     for index, members in enumerate(groups):
         names = {str(node.target): model.get_submodule(str(node.target)) for node in members}
         player = Player(index, names, tuple(str(n.target) for n in members if n in shortcuts))
-        nodes = [node for node in graph.nodes if stage_of.get(node) == index and node.op != "output"]
-        run = _GraphStage(model, cuts[index], nodes, cuts[index + 1])
+        nodes = _with_fixed({node for node in graph.nodes if stage_of.get(node) == index}, fixed)
+        run = _GraphStage(model, cuts[index], [node for node in graph.nodes if node in nodes], cuts[index + 1])
         stages.append(Stage(player, _tensor_names(cuts[index]), _tensor_names(cuts[index + 1]), run))
 
     signature = inspect.signature(model.forward)
     output = next(node for node in graph.nodes if node.op == "output")
+    returned = _with_fixed({output}, fixed) - {output}
 
     def bind(*args: LiveValue, **kwargs: LiveValue) -> tuple[LiveValue, ...]:
         bound = signature.bind(*args, **kwargs)
@@ -260,10 +293,36 @@ def _cut_into_stages(
 
     def assemble(values: tuple[LiveValue, ...]) -> object:
         env = dict(zip(cuts[last], values, strict=True))
+        _run(model, [node for node in graph.nodes if node in returned], env)
         return fx.node.map_arg(output.args[0], lambda node: cast(fx.node.Argument, env[node]))
 
     modules = [module for stage in stages for module in stage.player.modules.values()]
-    return Trajectory(tuple(stages), plain_parameters(model, modules), bind, assemble)
+    return Trajectory(tuple(stages), without_feedback(model, modules), bind, assemble)
+
+
+def _of_parameters_alone(graph: fx.Graph, model: nn.Module) -> set[fx.Node]:
+    """Nodes that read parameters and buffers and nothing else: no samples, so no place among the live tensors.
+
+    Every stage that needs one computes it itself. What changes in place, or is changed, keeps its place and time.
+    """
+    fixed: set[fx.Node] = set()
+    for node in graph.nodes:
+        known = node.op in ("call_function", "call_method") and bool(node.all_input_nodes)
+        changed = [n for n in node.users if _changes_its_input(n, model) and n.all_input_nodes[0] is node]
+        known &= not changed and not _changes_its_input(node, model) and fixed.issuperset(node.all_input_nodes)
+        if node.op == "get_attr" or known:
+            fixed.add(node)
+    return fixed
+
+
+def _with_fixed(nodes: set[fx.Node], fixed: Collection[fx.Node]) -> set[fx.Node]:
+    """The nodes and, of the fixed ones, those that they need."""
+    needed, reading = set(nodes), list(nodes)
+    while reading:
+        found = [n for n in reading.pop().all_input_nodes if n in fixed and n not in needed]
+        needed.update(found)
+        reading += found
+    return needed
 
 
 def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
@@ -277,9 +336,17 @@ def _changes_its_input(node: fx.Node, model: nn.Module) -> bool:
 
 
 def _is_last_reader(node: fx.Node) -> bool:
-    """Whether nobody reads the node's first input after it: then changing it in place makes no difference."""
+    """Whether nobody reads the node's first input after it: then changing it in place makes no difference.
+
+    The next forward pass reads buffers again, so a change to one always does.
+    """
     first = node.args[0] if node.args else None
-    return isinstance(first, fx.Node) and all(user <= node for user in first.users)
+    return isinstance(first, fx.Node) and all(user <= node for user in first.users) and not _is_of_buffers(first)
+
+
+def _is_of_buffers(node: fx.Node) -> bool:
+    reads = node.all_input_nodes
+    return node.op == "get_attr" or (bool(reads) and all(_is_of_buffers(n) for n in reads))
 
 
 class _GraphStage:
@@ -292,25 +359,31 @@ class _GraphStage:
 
     def __call__(self, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
         env: dict[fx.Node, LiveValue] = dict(zip(self.before, live, strict=True))
-
-        def value(node: fx.Node) -> fx.node.Argument:
-            known = operator.attrgetter(str(node.target))(self.root) if node.op == "get_attr" else env[node]
-            return cast(fx.node.Argument, known)
-
-        for node in self.nodes:
-            args = fx.node.map_arg(node.args, value)
-            kwargs = fx.node.map_arg(node.kwargs, value)
-            if node.op == "call_module":
-                env[node] = self.root.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_function":
-                function = _OUT_OF_PLACE.get(node.target, node.target) if _is_last_reader(node) else node.target
-                env[node] = function(*args, **kwargs)  # type: ignore[operator]
-            else:
-                method = str(node.target)
-                if method in ("add_", "mul_", "sub_") and _is_last_reader(node):
-                    method = method.removesuffix("_")
-                env[node] = getattr(args[0], method)(*args[1:], **kwargs)
+        _run(self.root, self.nodes, env)
         return tuple(env[node] for node in self.after)
+
+
+def _run(root: nn.Module, nodes: Iterable[fx.Node], env: dict[fx.Node, LiveValue]) -> None:
+    """Run nodes in order; ``env`` holds the values they read, and then theirs."""
+
+    def value(node: fx.Node) -> fx.node.Argument:
+        return cast(fx.node.Argument, env[node])
+
+    for node in nodes:
+        args = fx.node.map_arg(node.args, value)
+        kwargs = fx.node.map_arg(node.kwargs, value)
+        if node.op == "get_attr":
+            env[node] = operator.attrgetter(str(node.target))(root)
+        elif node.op == "call_module":
+            env[node] = root.get_submodule(str(node.target))(*args, **kwargs)
+        elif node.op == "call_function":
+            function = _OUT_OF_PLACE.get(node.target, node.target) if _is_last_reader(node) else node.target
+            env[node] = function(*args, **kwargs)  # type: ignore[operator]
+        else:
+            method = str(node.target)
+            if method in ("add_", "mul_", "sub_") and _is_last_reader(node):
+                method = method.removesuffix("_")
+            env[node] = getattr(args[0], method)(*args[1:], **kwargs)
 
 
 _SIZES = ("size", "dim", "numel", "ndimension")

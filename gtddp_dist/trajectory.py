@@ -2,25 +2,33 @@
 
 Layers are time steps. A *player* is a set of parametric modules that decide together: one convolution or linear
 layer with its bias and the normalisation layer that directly follows it; a projection shortcut joins the last player
-of the main path it is added to. A *stage* is one player plus the parameter-free operations that follow it. A *cut* is
-the point between two stages; its *live tensors* are all tensors that later stages still read, so inside a residual
-block there are two, the state and the residual state (arXiv 2007.08880, Sec. 3.1, "augmented state").
+of the main path it is added to, unless it is asked to be a player of its own. A *stage* is one player plus the
+parameter-free operations that follow it. A *cut* is the point between two stages; its *live tensors* are all tensors
+that later stages still read, so inside a residual block there are two, the state and the residual state
+(arXiv 2007.08880, Sec. 3.1, "augmented state").
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import ModelError
 from .players import is_supported
 
 LiveValue = object
 """What lives at a cut: tensors, and now and then a size or another plain value that a later stage reads."""
+
+
+class PlainParts(TypedDict):
+    """What of a model gets the base update without feedback, as the keywords that GTDDP and ``trace`` take."""
+
+    plain_modules: list[str]
+    plain_parameters: list[str]
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class Player:
     Attributes:
         index: position among the players, 0 first.
         modules: qualified module name -> module.
-        shortcut: names of the modules that form a projection shortcut, a subset of ``modules``.
+        shortcut: names of the modules that form a projection shortcut, a subset of ``modules``; empty where the
+            shortcut is a player of its own.
     """
 
     index: int
@@ -122,7 +131,12 @@ def floating_tensors(live: Iterable[LiveValue]) -> list[tuple[int, Tensor]]:
     return [(i, v) for i, v in enumerate(live) if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def from_stages(model: nn.Module, stages: Sequence[nn.Module], plain_modules: Collection[str] = ()) -> Trajectory:
+def from_stages(
+    model: nn.Module,
+    stages: Sequence[nn.Module],
+    plain_modules: Collection[str] = (),
+    plain_parameters: Collection[str] = (),
+) -> Trajectory:
     """The trajectory of a model whose stages are given by hand.
 
     Args:
@@ -130,11 +144,12 @@ def from_stages(model: nn.Module, stages: Sequence[nn.Module], plain_modules: Co
         stages: modules that take and return a tensor, or the tuple of live tensors. Each one's supported modules
             are its player; they must be modules of ``model``.
         plain_modules: names of modules whose parameters get the base update without feedback.
+        plain_parameters: names of single parameters that do, while their module runs as usual.
 
     Raises:
         ModelError: a stage has no trainable supported module, or has one that is not the model's or not its own.
     """
-    check_parameters(model, plain_modules)
+    check_parameters(model, plain_modules, plain_parameters)
     names = {module: name for name, module in model.named_modules()}
     plain = modules_under(model, plain_modules)
     built: list[Stage] = []
@@ -155,8 +170,8 @@ def from_stages(model: nn.Module, stages: Sequence[nn.Module], plain_modules: Co
             found[names[module]] = module
         if not found:
             raise ModelError(
-                f"stages[{index}] ({type(stage).__name__}) has no trainable Linear, Conv2d or normalisation layer; "
-                "join it with the stage before it"
+                f"stages[{index}] ({type(stage).__name__}) has no trainable Linear, convolution or normalisation "
+                "layer; join it with the stage before it"
             )
         before = ("input",) if index == 0 else (f"z{index}",)
         after = ("output",) if index == len(stages) - 1 else (f"z{index + 1}",)
@@ -175,7 +190,7 @@ def from_stages(model: nn.Module, stages: Sequence[nn.Module], plain_modules: Co
     def assemble(live: tuple[LiveValue, ...]) -> object:
         return live[0] if len(live) == 1 else live
 
-    return Trajectory(tuple(built), plain_parameters(model, seen), bind, assemble)
+    return Trajectory(tuple(built), without_feedback(model, seen), bind, assemble)
 
 
 class _ModuleStage:
@@ -187,14 +202,12 @@ class _ModuleStage:
         return result if isinstance(result, tuple) else (result,)
 
 
-def check_parameters(model: nn.Module, plain_modules: Collection[str]) -> None:
+def check_parameters(model: nn.Module, plain_modules: Collection[str], plain_parameters: Collection[str] = ()) -> None:
     """Refuse what cannot be trained: unknown names, shared or foreign parameters, nothing to train."""
     modules = dict(model.named_modules())
-    for name in plain_modules:
-        if name not in modules:
-            raise ModelError(f"plain_modules: the model has no module '{name}'")
-    plain = modules_under(model, plain_modules)
+    plain = _checked_plain(model, plain_modules, plain_parameters)
     owners: dict[nn.Parameter, str] = {}
+    foreign: list[tuple[str, str]] = []
     players = 0
     for module_name, module in modules.items():
         for name, parameter in module.named_parameters(recurse=False):
@@ -211,29 +224,91 @@ def check_parameters(model: nn.Module, plain_modules: Collection[str]) -> None:
             owners[parameter] = where
             if module in plain:
                 continue
-            if not is_supported(module):
-                owner = f"module '{module_name}'" if module_name else "the model itself"
-                raise ModelError(
-                    f"trainable parameter '{where}' belongs to {owner} ({type(module).__name__}), which is no "
-                    "supported player (Linear, Conv2d, BatchNorm, LayerNorm, GroupNorm); "
-                    f"plain_modules=['{module_name}'] gives it the base update without feedback"
-                )
-            players += 1
+            if is_supported(module):
+                players += 1
+            elif where not in plain_parameters:
+                foreign.append((where, module_name))
+    if foreign:
+        raise ModelError(_no_player(model, foreign))
     if not players:
-        raise ModelError("the model has no trainable Linear, Conv2d or normalisation layer: nothing to train")
+        raise ModelError("the model has no trainable Linear, convolution or normalisation layer: nothing to train")
+
+
+def _checked_plain(
+    model: nn.Module, plain_modules: Collection[str], plain_parameters: Collection[str]
+) -> set[nn.Module]:
+    """The plain modules and everything below them, once both lists have been found to name what they may."""
+    modules = dict(model.named_modules())
+    for option, names in (("plain_modules", plain_modules), ("plain_parameters", plain_parameters)):
+        if isinstance(names, str):
+            raise ModelError(f"{option}={names!r} is one name; give a list of names, [{names!r}]")
+    for name in plain_modules:
+        if name not in modules:
+            raise ModelError(f"plain_modules: the model has no module '{name}'")
+        if not name:
+            raise ModelError(
+                "plain_modules: '' is the whole model; name its own parameters in plain_parameters=[...], and the "
+                "modules that are to get no feedback by their names"
+            )
+    plain = modules_under(model, plain_modules)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in plain_parameters:
+        if name not in parameters:
+            raise ModelError(f"plain_parameters: the model has no parameter '{name}'")
+        owner = name.rpartition(".")[0]
+        if is_supported(modules[owner]) and modules[owner] not in plain:
+            raise ModelError(
+                f"plain_parameters: '{name}' is a control of {_described(model, owner)}, whose parameters decide "
+                f"together; plain_modules=['{owner}'] takes the whole module as it is"
+            )
+    return plain
+
+
+def _no_player(model: nn.Module, foreign: Sequence[tuple[str, str]]) -> str:
+    """What is wrong with trainable parameters of unsupported modules, and the arguments that mend it at once.
+
+    A module that torch.fx steps into is better left to it, so that the players inside stay players.
+    """
+    parameter, owner = foreign[0]
+    modules: list[str] = []
+    parameters: list[str] = []
+    for where, name in foreign:
+        module = model.get_submodule(name)
+        if any(name == taken or name.startswith(f"{taken}.") for taken in modules):
+            continue
+        inside = next(module.children(), None) is not None and not fx.Tracer().is_leaf_module(module, name)
+        if inside or not name:
+            parameters.append(where)
+        else:
+            modules.append(name)
+    named = ", ".join(
+        f"{option}={names!r}"
+        for option, names in (("plain_modules", modules), ("plain_parameters", parameters))
+        if names
+    )
+    others = f"; {len(foreign) - 1} more parameters have no player either" if len(foreign) > 1 else ""
+    return (
+        f"trainable parameter '{parameter}' belongs to {_described(model, owner)}, which is no supported player "
+        f"(Linear, Conv1d, Conv2d, Conv3d, BatchNorm, LayerNorm, GroupNorm){others}; "
+        f"{named} gives {'them' if others else 'it'} the base update without feedback"
+    )
+
+
+def _described(model: nn.Module, name: str) -> str:
+    kind = type(model.get_submodule(name)).__name__
+    return f"module '{name}' ({kind})" if name else f"the model itself ({kind})"
 
 
 def modules_under(model: nn.Module, plain_modules: Collection[str]) -> set[nn.Module]:
-    """The plain modules and everything below them; the root ('') stands for its direct parameters alone."""
-    modules = dict(model.named_modules())
-    below = {module for name in plain_modules if name for module in modules[name].modules()}
-    return below | ({model} if "" in plain_modules else set())
+    """The plain modules and everything below them."""
+    return {module for name in plain_modules for module in model.get_submodule(name).modules()}
 
 
 def is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
-def plain_parameters(model: nn.Module, players: Collection[nn.Module]) -> tuple[str, ...]:
+def without_feedback(model: nn.Module, players: Collection[nn.Module]) -> tuple[str, ...]:
+    """Names of the trainable parameters that belong to no player."""
     controls = {parameter for module in players for parameter in module.parameters(recurse=False)}
     return tuple(name for name, p in model.named_parameters() if p.requires_grad and p not in controls)

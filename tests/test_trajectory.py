@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS
+from nets import NETS, PROJECTION, PROJECTION_FIRST
 from torch import Tensor, nn
 
 from gtddp_dist import GTDDP, curvature
-from gtddp_dist.errors import ModelError
+from gtddp_dist.errors import ModelError, OptionError
 from gtddp_dist.models.torchvision_import import import_torchvision
 from gtddp_dist.tracing import trace
-from gtddp_dist.trajectory import Trajectory
+from gtddp_dist.trajectory import PlainParts, Trajectory
 
 
 def players(trajectory: Trajectory) -> list[list[str]]:
@@ -229,7 +231,107 @@ def test_a_parameter_of_an_unsupported_module_is_named_and_can_be_plain() -> Non
             assert not torch.allclose(ours.get_parameter("3.weight"), theirs.get_parameter("3.weight"), rtol=1e-6)
 
 
-def test_parameters_of_the_model_itself_can_be_plain() -> None:
+class ScaledBlock(nn.Module):
+    """A residual block with a learned scale, read through a view and by two stages: no layer owns it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, width + 1), nn.Linear(width + 1, width)
+        self.gamma = nn.Parameter(torch.linspace(0.5, 1.5, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.view(1, -1)
+        return x + gamma * self.down(torch.tanh(self.up(x * gamma)))
+
+
+class Embedded(nn.Module):
+    """Parameters of the model itself, of a module with layers inside, of a leaf, and of torch's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.position = nn.Parameter(torch.linspace(-0.5, 0.5, 4))
+        self.block = ScaledBlock(4)
+        self.leaf = Scaled()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.leaf(self.block(torch.tanh(self.first(x)) + self.position))[:, None]
+        return self.last(h[:, 0] + self.attention(h, h, h, need_weights=False)[0][:, 0])
+
+
+PLAIN_OF_EMBEDDED: PlainParts = {
+    "plain_modules": ["leaf", "attention"],
+    "plain_parameters": ["position", "block.gamma"],
+}
+
+
+def test_plain_parameters_keep_the_players_of_their_module() -> None:
+    trajectory = trace(Embedded(), **PLAIN_OF_EMBEDDED)
+    assert players(trajectory) == [["first"], ["block.up"], ["block.down"], ["last"]]
+    # The scale is a parameter, not a state: it is live at no cut, though two stages read it.
+    assert [stage.live_before for stage in trajectory.stages] == [
+        ("x",),
+        ("add", "mul"),
+        ("add", "tanh_1"),
+        ("add_2",),
+    ]
+    attention = [f"attention.{name}" for name, _ in nn.MultiheadAttention(4, 2).named_parameters()]
+    assert set(trajectory.plain_parameters) == {"position", "block.gamma", "leaf.scale", *attention}
+
+
+def test_running_the_stages_is_running_a_model_with_plain_parameters() -> None:
+    torch.manual_seed(0)
+    model = Embedded().double()
+    trajectory = trace(model, **PLAIN_OF_EMBEDDED)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    for _ in range(2):
+        values = trajectory.bind(x)
+        for stage in trajectory.stages:
+            values = stage.run(values)
+        torch.testing.assert_close(trajectory.assemble(values), model(x), rtol=0, atol=0)
+        model.block.gamma.data *= 2  # a stage reads the parameters that are in force when it runs
+
+
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+@pytest.mark.parametrize("capture", ["gradient", "weighted"])
+def test_plain_parameters_take_the_base_step(rollout: str, capture: str) -> None:
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Embedded().double())
+    ours, theirs = models
+    optimizer = GTDDP(
+        ours,
+        curvature.SGD(lr=0.1),
+        gauss_newton_weight=1.0,
+        rollout=rollout,
+        capture=capture,
+        **PLAIN_OF_EMBEDDED,
+    )
+    F.cross_entropy(ours(x), y).backward()
+    optimizer.step()
+    F.cross_entropy(theirs(x), y).backward()
+    torch.optim.SGD(theirs.parameters(), lr=0.1).step()
+    plain = optimizer.trajectory.plain_parameters
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if name in plain:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+            continue
+        assert not torch.allclose(a, b, rtol=1e-6, atol=0), name
+
+
+def test_every_parameter_without_a_player_is_told_at_once_and_how() -> None:
+    with pytest.raises(ModelError) as error:
+        GTDDP(Embedded(), curvature.SGD())
+    message = str(error.value)
+    assert "'position' belongs to the model itself (Embedded)" in message
+    assert "6 more parameters have no player either" in message
+    # The module with layers inside is traced through, torch's own attention and the leaf are not.
+    assert "plain_modules=['leaf', 'attention'], plain_parameters=['position', 'block.gamma']" in message
+
     class Direct(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -238,13 +340,109 @@ def test_parameters_of_the_model_itself_can_be_plain() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x) * self.scale
 
-    with pytest.raises(ModelError, match=r"'scale' belongs to the model itself \(Direct\).*plain_modules=\[''\]"):
+    message = r"'scale' belongs to the model itself \(Direct\).*plain_parameters=\['scale'\] gives it the base"
+    with pytest.raises(ModelError, match=message):
         GTDDP(Direct(), curvature.SGD())
-    model = Direct()
-    optimizer = GTDDP(model, curvature.SGD(lr=0.1), plain_modules=[""], rollout="nonlinear")
-    F.cross_entropy(model(torch.randn(4, 3)), torch.tensor([0, 1, 0, 1])).backward()
-    optimizer.step()
-    assert not torch.equal(model.scale, torch.ones(2))
+
+
+def test_plain_parameters_with_stages_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), ScaledBlock(4), nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=r"plain_parameters=\['1.gamma'\]"):
+        GTDDP(model, curvature.SGD(), stages=list(model))
+    optimizer = GTDDP(model, curvature.SGD(), stages=list(model), plain_parameters=["1.gamma"])
+    assert players(optimizer.trajectory) == [["0"], ["1.up", "1.down"], ["2"]]
+    assert optimizer.trajectory.plain_parameters == ("1.gamma",)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plain_parameters": ["positions"]}, "plain_parameters: the model has no parameter 'positions'"),
+        ({"plain_parameters": ["first"]}, "plain_parameters: the model has no parameter 'first'"),
+        (
+            {"plain_parameters": ["last.bias"]},
+            r"'last\.bias' is a control of module 'last' \(Linear\).*plain_modules=\['last'\]",
+        ),
+        ({"plain_parameters": "position"}, r"plain_parameters='position' is one name; give a list"),
+        ({"plain_modules": "leaf"}, r"plain_modules='leaf' is one name; give a list"),
+        ({"plain_modules": [""]}, r"'' is the whole model; name its own parameters in plain_parameters"),
+        ({"plain_modules": ["position"]}, "plain_modules: the model has no module 'position'"),
+    ],
+)
+def test_bad_names_of_plain_parts_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        GTDDP(Embedded(), curvature.SGD(), **options)
+
+
+def test_a_returned_parameter_and_a_buffer_changed_in_place() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+            self.scale = nn.Parameter(torch.tensor(0.5))
+            self.calls: Tensor
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            calls = self.calls.add_(1)
+            return self.last(self.first(x) * calls) * calls, 2 * self.scale
+
+    model = Counting()
+    trajectory = trace(model, plain_parameters=["scale"])
+    model.calls.fill_(2)
+    x = torch.randn(4, 3)
+    values = trajectory.bind(x)
+    for stage in trajectory.stages:
+        values = stage.run(values)
+    returned: Any = trajectory.assemble(values)
+    assert float(model.calls) == 3.0 and float(returned[1]) == 1.0  # counted once, though two stages read it
+    torch.testing.assert_close(returned[0], 3 * model.last(3 * model.first(x)))
+
+
+def test_a_separate_projection_is_a_stage_of_its_own() -> None:
+    """Where forward computes it; its input and the end of the main path are live on its two sides."""
+    together = trace(PROJECTION.model())
+    assert players(together) == [["stem"], ["conv1"], ["conv2", "project"], ["head"]]
+    assert together.players[2].shortcut == ("project",)
+
+    behind = trace(PROJECTION.model(), projection="separate")
+    assert players(behind) == [["stem"], ["conv1"], ["conv2"], ["project"], ["head"]]
+    assert live(behind) == [1, 1, 2, 2, 1]
+    before = trace(PROJECTION_FIRST.model(), projection="separate")
+    assert players(before) == [["stem"], ["project"], ["conv1"], ["conv2"], ["head"]]
+    assert live(before) == [1, 1, 2, 2, 1]
+    for trajectory, net in ((behind, PROJECTION), (before, PROJECTION_FIRST)):
+        assert all(player.shortcut == () for player in trajectory.players)
+        x, _ = net.batch(3)
+        values = trajectory.bind(x)
+        for stage in trajectory.stages:
+            values = stage.run(values)
+        torch.testing.assert_close(trajectory.assemble(values), net.model()(x), rtol=0, atol=0)
+
+
+def test_a_learned_scale_on_the_shortcut_leaves_it_a_projection() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.u, self.v, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+            self.gate = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x))
+            return self.last(torch.tanh(self.u(h) + self.gate.view(1, -1) * self.v(h)))
+
+    trajectory = trace(Gated(), plain_parameters=["gate"])
+    assert players(trajectory) == [["first"], ["u", "v"], ["last"]]
+    assert trajectory.players[1].shortcut == ("v",)
+
+
+def test_a_bad_projection_is_refused() -> None:
+    model = PROJECTION.model()
+    with pytest.raises(OptionError, match="projection='apart', expected one of 'cooperative', 'separate'"):
+        GTDDP(model, curvature.SGD(), projection="apart")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"projection='separate' with stages=\[...\]"):
+        GTDDP(nn.Sequential(nn.Linear(2, 2)), curvature.SGD(), stages=[nn.Linear(2, 2)], projection="separate")
 
 
 def test_weight_tying_is_refused() -> None:
