@@ -214,10 +214,14 @@ def sample_gradients(net: Net, parameters: dict[str, Tensor], inputs: Tensor, s:
 
 
 def sample_space(
-    S: list[Tensor], R: list[Tensor], p: list[Tensor], M: Tensor, replace_mode: bool, diagonal: bool
+    S: list[Tensor], R: list[Tensor], p: list[Tensor], M: Tensor, replace_mode: bool, diagonal: bool, rows: int = 1
 ) -> SampleSpace:
-    """The general form of the recursion and its linear rollout, for given metrics R [m_t, m_t] and directions p."""
+    """The general form of the recursion and its linear rollout, for given metrics R [m_t, m_t] and directions p.
+
+    rows: curvature cotangents of each sample; S_t [B rows, m_t], M [B rows, B rows].
+    """
     eye = torch.eye(len(M), dtype=M.dtype)
+    same_sample = torch.kron(eye[: len(M) // rows, : len(M) // rows], torch.ones(rows, rows, dtype=M.dtype))
     c = torch.zeros(len(M), dtype=M.dtype)
     cs, Ms = [c], [M]
     stored: list[tuple[Tensor, ...]] = []
@@ -228,7 +232,8 @@ def sample_space(
         a = N @ (q + H @ c)
         stored.insert(0, (c, M, N, H, q))
         c, M = c - M @ a, M - M @ N @ H @ M
-        M = torch.diag(M.diagonal()) if diagonal else (M + M.T) / 2
+        M = (M + M.T) / 2
+        M = M * same_sample if diagonal else M
         cs.insert(0, c)
         Ms.insert(0, M)
     delta_u, corrections = [], []
