@@ -937,6 +937,8 @@ def test_against_curvlinops(net: Net, approximation: Literal["expand", "reduce"]
             total += model.get_parameter(name).numel()
         matrix = torch.zeros(total, total, dtype=torch.float64)
         for rule, evidence in rules_of(net, base, samples=samples):
+            if not rule.calls:
+                continue
             C = rule.curvature({rule.stage.name: statistics_of(rule, evidence)}, 1)
             sizes = [(name, model.get_parameter(name).numel()) for name in rule.stage.parameters]
             own = torch.cat([torch.full((size,), name in place) for name, size in sizes])
