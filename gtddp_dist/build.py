@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +15,8 @@ from .curvature import Curvature
 from .optimizer import GTDDP
 from .options import PAPER
 from .players import SUPPORTED
-from .registry import OPTIMIZERS
+from .registry import MODELS, OPTIMIZERS, load_object
+from .trajectory import PlainParts
 
 _TORCH = {
     "sgd": torch.optim.SGD,
@@ -40,6 +43,7 @@ _GTDDP_OPTIONS = (
     "scope",
     "momentum_of",
     "cooperation",
+    "projection",
     "replace_guard",
     "capture",
 )
@@ -73,11 +77,20 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
         model,
         base,
         param_groups=parameter_groups(model, config.optimizer.no_decay),
+        **plain_parts(model, config),
         replica_groups=config.train.replica_groups,
         clip_norm=config.train.clip_norm,
         seed=config.train.seed,
         **options,  # type: ignore[arg-type]
     )
+
+
+def plain_parts(model: nn.Module, config: Config) -> PlainParts:
+    """What of the network `model.name` can be no player: the registry knows, for the networks that it builds."""
+    location = MODELS[config.model.name].plain
+    if location is None:
+        return {"plain_modules": [], "plain_parameters": []}
+    return cast(Callable[[nn.Module], PlainParts], load_object(location))(model)
 
 
 def parameter_groups(model: nn.Module, no_decay: bool) -> list[dict[str, object]]:

@@ -151,17 +151,25 @@ class ModelConfig:
     name: Annotated[str, _known("model", MODELS)] = "small-resnet"
     """Registered name of the network."""
     blocks: PositiveInt = 1
-    """small-resnet: number of residual blocks."""
-    width: PositiveInt = 16
-    """small-resnet: output channels of the first convolution."""
+    """small-resnet, nested-resnet: number of residual blocks."""
+    width: PositiveInt | None = None
+    """Output channels of the first convolution; vit: numbers of a token. null: 16; vit: 64."""
     channels: IntList | None = None
     """small-resnet: output channels of each block; null: 2 width if one, else width, 2 width, 4 width, ..."""
     batch_norm: bool = False
-    """small-resnet: a BatchNorm after each convolution."""
-    activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh"] = "relu"
-    """small-resnet: the non-linearity."""
+    """small-resnet, nested-resnet: a BatchNorm after each convolution."""
+    activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh"] | None = None
+    """small-resnet, nested-resnet, coop-net: the non-linearity. null: relu; coop-net: tanh."""
     stem: Literal["imagenet", "cifar"] = "cifar"
-    """resnet18: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""
+    """resnet*: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""
+    patch_size: PositiveInt | None = None
+    """vit: pixels along a patch, a divisor of those along an image. null: 2 for less than 16, else 4."""
+    depth: PositiveInt = 4
+    """vit: number of transformer blocks."""
+    heads: PositiveInt = 4
+    """vit: attention heads of a block; a divisor of the width."""
+    mlp_ratio: PositiveFloat = 2.0
+    """vit: hidden units of a block's two linear layers, in widths."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)
@@ -230,6 +238,8 @@ class OptimizerConfig:
     """What momentum buffers keep: the corrected step, or the gradient alone."""
     cooperation: Literal["none", "theorem3", "exact", "corollary7"] | None = None
     """How a projection shortcut's layer and the last main-path layer decide together; other than none: kfac, ekfac."""
+    projection: Literal["cooperative", "separate"] | None = None
+    """A projection shortcut joins the last player of its main path (cooperative), or has its own stage (separate)."""
     replace_guard: bool | None = None
     """control_hessian=replace: keep the recursion from amplifying."""
     capture: Literal["gradient", "weighted"] | None = None
@@ -369,6 +379,12 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("optimizer.statistics", "optimizer.preset", "optimizer.metric"),
             "value statistics are known during the sweep, not before: they need optimizer.metric=current",
+        )
+    if optimizer.projection == "separate" and optimizer.cooperation not in (None, "none"):
+        yield Problem(
+            ("optimizer.projection", "optimizer.cooperation"),
+            "a projection that is a stage of its own has nobody to cooperate with: take projection=cooperative, or "
+            "cooperation=none",
         )
     if config.train.dtype == "float16" and optimizer.capture == "weighted":
         yield Problem(

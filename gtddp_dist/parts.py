@@ -16,6 +16,7 @@ from .config_schema import Config
 from .data import DataSet
 from .data.batches import BatchOrder
 from .environment import select_device
+from .errors import ConfigError
 from .registry import DATA_SETS, MODELS, OPTIMIZERS, load_object
 from .training_state import Progress, TrainingState
 from .training_step import Precision, TrainingStep, evaluate
@@ -82,9 +83,17 @@ def load_data(config: Config) -> DataSet:
 
 
 def build_model(config: Config, data: DataSet, precision: Precision) -> nn.Module:
-    """The network that `model.name` names, for the images and classes of the data set."""
+    """The network that `model.name` names, for the images and classes of the data set.
+
+    Raises ConfigError for images that are not square, and for options that the size of the images rules out.
+    """
+    height, width = data.image_size
+    if height != width:
+        raise ConfigError(
+            f"data.name: images of {data.name!r} have {height} x {width} pixels; networks take square images"
+        )
     new_model = cast(Callable[..., nn.Module], load_object(MODELS[config.model.name].builder))
-    model = new_model(config.model, in_channels=data.in_channels, classes=data.classes)
+    model = new_model(config.model, in_channels=data.in_channels, classes=data.classes, image_size=height)
     return model.to(device=precision.device, dtype=precision.dtype)
 
 

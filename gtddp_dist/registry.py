@@ -32,7 +32,11 @@ class ModelEntry:
     options: tuple[str, ...]
     """Fields of the configuration group `model` that it takes."""
     builder: str
-    """`"module:function"`: `build(config: ModelConfig, in_channels: int, classes: int) -> nn.Module`."""
+    """`"module:function"`: `build(config: ModelConfig, in_channels: int, classes: int, image_size: int) -> nn.Module`,
+    `image_size` in pixels; images are square."""
+    plain: str | None = None
+    """`"module:function"`: `plain_parts(model: nn.Module) -> PlainParts`, what of the network can be no player and gets
+    the base update without feedback; None where that is nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ _GTDDP = (
     "scope",
     "momentum_of",
     "cooperation",
+    "projection",
     "replace_guard",
     "capture",
 )
@@ -87,8 +92,8 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "adamw": OptimizerEntry(_ADAM, _BASE_BUILDER),
     "kfac": OptimizerEntry(_KRONECKER, _GTDDP_BUILDER),
     "ekfac": OptimizerEntry(_KRONECKER, _GTDDP_BUILDER),
-    "gt-kfac": OptimizerEntry((*_KRONECKER, "cooperation"), _GTDDP_BUILDER, base="kfac"),
-    "gt-ekfac": OptimizerEntry((*_KRONECKER, "cooperation"), _GTDDP_BUILDER, base="ekfac"),
+    "gt-kfac": OptimizerEntry((*_KRONECKER, "cooperation", "projection"), _GTDDP_BUILDER, base="kfac"),
+    "gt-ekfac": OptimizerEntry((*_KRONECKER, "cooperation", "projection"), _GTDDP_BUILDER, base="ekfac"),
     "gtddp-sgd": OptimizerEntry(_SGD + _GTDDP, _GTDDP_BUILDER, base="sgd"),
     "gtddp-rmsprop": OptimizerEntry(_RMSPROP + _GTDDP, _GTDDP_BUILDER, base="rmsprop"),
     "gtddp-adam": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adam"),
@@ -101,7 +106,18 @@ MODELS: Mapping[str, ModelEntry] = {
     "small-resnet": ModelEntry(
         ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.small_resnet:build"
     ),
+    "nested-resnet": ModelEntry(
+        ("blocks", "width", "batch_norm", "activation"), "gtddp_dist.models.nested_resnet:build"
+    ),
+    "coop-net": ModelEntry(("width", "activation"), "gtddp_dist.models.coop_net:build"),
     "resnet18": ModelEntry(("stem",), "gtddp_dist.models.resnet:build_resnet18"),
+    "resnet34": ModelEntry(("stem",), "gtddp_dist.models.resnet:build_resnet34"),
+    "resnet50": ModelEntry(("stem",), "gtddp_dist.models.resnet:build_resnet50"),
+    "vit": ModelEntry(
+        ("width", "patch_size", "depth", "heads", "mlp_ratio"),
+        "gtddp_dist.models.vit:build",
+        plain="gtddp_dist.models.vit:plain_parts",
+    ),
 }
 
 DATA_SETS: Mapping[str, DataEntry] = {

@@ -264,6 +264,10 @@ def _cut_into_stages(
             ]
             stage_of[node] = max((stage_of[n] for n in reads), default=0)
             stage_of[node] = max(stage_of[node], 0)  # what precedes the first player belongs to its stage
+    for node in reversed(graph.nodes):
+        # An identity shortcut is its input by another name: as late as can be, or that tensor would be live twice.
+        if _is_identity(node, model) and node.users and not any(_changes_its_input(u, model) for u in node.users):
+            stage_of[node] = min(last - 1, *(stage_of[user] for user in node.users))
 
     def live(cut: int) -> list[fx.Node]:
         return [
@@ -298,6 +302,10 @@ def _cut_into_stages(
 
     modules = [module for stage in stages for module in stage.player.modules.values()]
     return Trajectory(tuple(stages), without_feedback(model, modules), bind, assemble)
+
+
+def _is_identity(node: fx.Node, model: nn.Module) -> bool:
+    return node.op == "call_module" and type(model.get_submodule(str(node.target))) is nn.Identity
 
 
 def _of_parameters_alone(graph: fx.Graph, model: nn.Module) -> set[fx.Node]:

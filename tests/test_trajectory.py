@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS, PROJECTION, PROJECTION_FIRST
+from nets import ALL_NETS, PROJECTION, PROJECTION_FIRST, SEPARATE_NETS, Net
 from torch import Tensor, nn
 
 from gtddp_dist import GTDDP, curvature
@@ -25,25 +25,49 @@ def live(trajectory: Trajectory) -> list[int]:
     return [len(stage.live_before) for stage in trajectory.stages]
 
 
-@pytest.mark.parametrize("net", NETS)
-def test_stages_are_those_a_reader_would_write(net: str) -> None:
+def traced(net: Net) -> tuple[nn.Module, Trajectory]:
+    model = net.model()
+    return model, trace(model, projection="separate" if net.name in SEPARATE_NETS else "cooperative")
+
+
+@pytest.mark.parametrize("net", ALL_NETS.values(), ids=ALL_NETS)
+def test_stages_are_those_a_reader_would_write(net: Net) -> None:
     """Players, their controls and the number of live tensors at every cut, against stages written by hand."""
-    trajectory = trace(NETS[net].model())
-    by_hand = NETS[net].stages
-    assert [set(p.controls()) for p in trajectory.players] == [set(stage.parameters) for stage in by_hand]
-    assert live(trajectory) == [len(stage.live) for stage in by_hand]
+    _, trajectory = traced(net)
+    assert [set(p.controls()) for p in trajectory.players] == [set(stage.parameters) for stage in net.stages]
+    assert live(trajectory) == [len(stage.live) for stage in net.stages]
 
 
-@pytest.mark.parametrize("net", NETS)
-def test_running_the_stages_is_running_the_model(net: str) -> None:
-    model = NETS[net].model()
-    x, _ = NETS[net].batch(3)
-    trajectory = trace(model)
+@pytest.mark.parametrize("net", ALL_NETS.values(), ids=ALL_NETS)
+def test_running_the_stages_is_running_the_model(net: Net) -> None:
+    model, trajectory = traced(net)
+    x, _ = net.batch(3)
     values = trajectory.bind(x)
     for stage in trajectory.stages:
         assert len(values) == len(stage.live_before)
         values = stage.run(values)
     torch.testing.assert_close(trajectory.assemble(values), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "projected"),
+    [("resnet34", 34, "layer2.0.conv2"), ("resnet50", 50, "layer1.0.conv3")],
+)
+def test_larger_resnets_as_they_are(name: str, stages: int, projected: str) -> None:
+    """A stage for every convolution of the main path and the last layer; one state between blocks, two inside."""
+    with torch.device("meta"):
+        model = getattr(import_torchvision("torchvision.models"), name)(num_classes=10)
+    trajectory = trace(model)
+    assert len(trajectory.stages) == stages
+    assert not trajectory.plain_parameters
+    (first, *_) = (player for player in trajectory.players if player.shortcut)
+    assert next(iter(first.modules)) == projected
+    inside = stages // 3 * 2 if name == "resnet50" else stages // 2 - 1
+    assert sorted(live(trajectory)) == [1] * (stages - inside) + [2] * inside
+    separate = trace(model, projection="separate")
+    projections = 4 if name == "resnet50" else 3
+    assert len(separate.stages) == stages + projections
+    assert sum("downsample.0" in player.name for player in separate.players) == projections
 
 
 def test_resnet18_as_it_is() -> None:
@@ -396,7 +420,7 @@ def test_a_returned_parameter_and_a_buffer_changed_in_place() -> None:
     for stage in trajectory.stages:
         values = stage.run(values)
     returned: Any = trajectory.assemble(values)
-    assert float(model.calls) == 3.0 and float(returned[1]) == 1.0  # counted once, though two stages read it
+    assert float(model.calls) == 3.0 and returned[1].item() == 1.0  # counted once, though two stages read it
     torch.testing.assert_close(returned[0], 3 * model.last(3 * model.first(x)))
 
 
@@ -419,6 +443,25 @@ def test_a_separate_projection_is_a_stage_of_its_own() -> None:
         for stage in trajectory.stages:
             values = stage.run(values)
         torch.testing.assert_close(trajectory.assemble(values), net.model()(x), rtol=0, atol=0)
+
+
+def test_an_identity_module_is_no_live_tensor_of_its_own() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.u, self.v, self.shortcut, self.end = nn.Linear(3, 4), nn.Linear(4, 3), nn.Identity(), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.end(self.shortcut(x) + self.v(torch.tanh(self.u(x))))
+
+    model = nn.Sequential(nn.Linear(2, 3), Block(), nn.Linear(3, 2), nn.Identity())
+    trajectory = trace(model)
+    assert [stage.live_before for stage in trajectory.stages] == [("input_1",), ("_0",), ("_0", "tanh"), ("add",)]
+    x = torch.randn(4, 2)
+    values = trajectory.bind(x)
+    for stage in trajectory.stages:
+        values = stage.run(values)
+    torch.testing.assert_close(trajectory.assemble(values), model(x), rtol=0, atol=0)
 
 
 def test_a_learned_scale_on_the_shortcut_leaves_it_a_projection() -> None:

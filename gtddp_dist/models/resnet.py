@@ -1,4 +1,4 @@
-"""`resnet18`: torchvision's ResNet18, randomly initialised."""
+"""`resnet18`, `resnet34`, `resnet50`: torchvision's ResNets, randomly initialised."""
 
 from __future__ import annotations
 
@@ -8,14 +8,29 @@ from ..config_schema import ModelConfig
 from .torchvision_import import import_torchvision
 
 
-def build_resnet18(config: ModelConfig, in_channels: int, classes: int) -> nn.Module:
-    """ResNet18 with `in_channels` inputs and `classes` outputs.
+def build_resnet18(config: ModelConfig, in_channels: int, classes: int, image_size: int) -> nn.Module:
+    """ResNet18 with `in_channels` inputs and `classes` outputs, for images of any size; `model.stem` as below."""
+    return _build("resnet18", config, in_channels, classes)
+
+
+def build_resnet34(config: ModelConfig, in_channels: int, classes: int, image_size: int) -> nn.Module:
+    """ResNet34, likewise."""
+    return _build("resnet34", config, in_channels, classes)
+
+
+def build_resnet50(config: ModelConfig, in_channels: int, classes: int, image_size: int) -> nn.Module:
+    """ResNet50, likewise."""
+    return _build("resnet50", config, in_channels, classes)
+
+
+def _build(name: str, config: ModelConfig, in_channels: int, classes: int) -> nn.Module:
+    """torchvision's network of that name.
 
     `model.stem=imagenet` leaves it as it is: a 7x7 convolution of stride 2 and max-pooling of stride 2, which
     shrink an image 4 times before the first block. `model.stem=cifar` has a 3x3 convolution of stride 1 and
     no pooling there, as is usual for images of 32x32.
     """
-    network: nn.Module = import_torchvision("torchvision.models").resnet18(num_classes=classes)
+    network: nn.Module = getattr(import_torchvision("torchvision.models"), name)(num_classes=classes)
     if config.stem == "cifar":
         network.conv1 = _first_convolution(in_channels, kernel=3, stride=1)
         network.maxpool = nn.Identity()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config_schema import ModelConfig
 
+DEFAULT_WIDTH = 16
 HIDDEN_FEATURES = 64
 POOLED_SIZE = 4
 
@@ -73,6 +74,7 @@ class SmallResNet(nn.Module):
         channels: output channels of each residual block.
         batch_norm: put a BatchNorm behind each convolution.
         activation: name of the non-linearity, a key of `ACTIVATIONS`.
+        block: class of the residual blocks.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class SmallResNet(nn.Module):
         channels: tuple[int, ...],
         batch_norm: bool = False,
         activation: str = "relu",
+        block: type[ResidualBlock] = ResidualBlock,
     ) -> None:
         super().__init__()
         new_activation = ACTIVATIONS[activation]
@@ -91,7 +94,7 @@ class SmallResNet(nn.Module):
         self.stem_activation = new_activation()
         self.blocks = nn.Sequential(
             *(
-                ResidualBlock(inputs, outputs, batch_norm=batch_norm, activation=new_activation)
+                block(inputs, outputs, batch_norm=batch_norm, activation=new_activation)
                 for inputs, outputs in zip((width, *channels[:-1]), channels, strict=True)
             )
         )
@@ -112,13 +115,17 @@ def default_channels(width: int, blocks: int) -> tuple[int, ...]:
     return (2 * width,) if blocks == 1 else tuple(width * 2**block for block in range(blocks))
 
 
-def build(config: ModelConfig, in_channels: int, classes: int) -> SmallResNet:
-    """The network that `model.blocks`, `width`, `channels`, `batch_norm` and `activation` describe."""
+def build(
+    config: ModelConfig, in_channels: int, classes: int, image_size: int, block: type[ResidualBlock] = ResidualBlock
+) -> SmallResNet:
+    """The network that `model.blocks`, `width`, `channels`, `batch_norm` and `activation` describe, for any image."""
+    width = config.width or DEFAULT_WIDTH
     return SmallResNet(
         in_channels,
         classes,
-        width=config.width,
-        channels=config.channels or default_channels(config.width, config.blocks),
+        width=width,
+        channels=config.channels or default_channels(width, config.blocks),
         batch_norm=config.batch_norm,
-        activation=config.activation,
+        activation=config.activation or "relu",
+        block=block,
     )
