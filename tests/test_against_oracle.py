@@ -92,28 +92,42 @@ def compare(
 ) -> None:
     """STEPS steps of both; asserts equal weights after each, relative to the step's own size."""
     class_name, options = BASES[base]
+    ours = getattr(curvature, class_name)(**options)
+    compare_with(net, ours, reference_base(class_name, options), layout, mode, rho, guard=guard, inspect=inspect)
+
+
+def compare_with(
+    net: Net,
+    ours: curvature.Curvature,
+    theirs: oracle.OptimizerRule,
+    layout: Layout,
+    mode: dict[str, Any],
+    rho: float | str,
+    *,
+    guard: bool = True,
+    inspect: bool = False,
+    steps: int = STEPS,
+    tolerance: float = TOLERANCE,
+    samples: int = SAMPLES,
+) -> None:
+    """The same with the two base rules given."""
     model = net.model()
     optimizer = GTDDP(
-        model,
-        getattr(curvature, class_name)(**options),
-        gauss_newton_weight=rho,
-        replace_guard=guard,
-        inspect=inspect,
-        **mode,
-        **layout.options,
+        model, ours, gauss_newton_weight=rho, replace_guard=guard, inspect=inspect, **mode, **layout.options
     )
     reference_options = oracle.Options(
-        reference_base(class_name, options),
+        theirs,
         gauss_newton_weight=rho,  # type: ignore[arg-type]
         groups=layout.groups,
         replace_guard=guard,
-        **{key: value for key, value in mode.items() if key != "capture"},
+        **{key: value for key, value in mode.items() if key not in ("capture", "projection")},
     )
+    drawn = mode["terminal"] == "sampled" or getattr(ours, "fisher", "empirical") == "sampled"
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = oracle.State()
-    for step in range(STEPS):
-        x, y = net.batch(SAMPLES, step)
-        sampled = _sampled_labels(model, x, layout.micro_batches, step) if mode["terminal"] == "sampled" else None
+    for step in range(steps):
+        x, y = net.batch(samples, step)
+        sampled = _sampled_labels(model, x, layout.micro_batches, step) if drawn else None
         result = oracle.oracle_step(net.stages, parameters, state, x, y, reference_options, sampled)
 
         optimizer.zero_grad()
@@ -121,10 +135,10 @@ def compare(
             (F.cross_entropy(model(x_part), y_part) / layout.micro_batches).backward()
         optimizer.step()
 
-        ours = torch.cat([(p.detach() - parameters[n]).flatten() for n, p in model.named_parameters()])
-        theirs = torch.cat([(result.parameters[n] - parameters[n]).flatten() for n in parameters])
-        error = float((ours - theirs).norm() / theirs.norm())
-        assert error < TOLERANCE, f"step {step}: relative error {error:.2e}"
+        moved = torch.cat([(p.detach() - parameters[n]).flatten() for n, p in model.named_parameters()])
+        expected = torch.cat([(result.parameters[n] - parameters[n]).flatten() for n in parameters])
+        error = float((moved - expected).norm() / expected.norm())
+        assert error < tolerance, f"step {step}: relative error {error:.2e}"
         if inspect:
             _compare_inspected(net, optimizer, result)
         parameters, state = result.parameters, result.state

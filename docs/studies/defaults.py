@@ -27,6 +27,7 @@ from gtddp_dist import GTDDP, curvature
 from gtddp_dist.config import DataConfig, ModelConfig
 from gtddp_dist.data import digits
 from gtddp_dist.data.batches import BatchOrder
+from gtddp_dist.errors import CurvatureError
 from gtddp_dist.models import small_resnet
 
 BASES: dict[str, tuple[type[curvature.Curvature], dict[str, object], float]] = {
@@ -117,7 +118,10 @@ def train(run: Run) -> Outcome:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(data.train_images[chosen].float()), data.train_labels[chosen])
         loss.backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except CurvatureError:
+            return Outcome(math.nan, math.nan, (time.perf_counter() - start) / (step + 1))
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]) or losses[-1] > 1e3:
             return Outcome(math.nan, math.nan, (time.perf_counter() - start) / (step + 1))
@@ -166,13 +170,19 @@ def report(done: dict[Run, Outcome]) -> str:
     """Tables: a row a base and rate, a column a change; train loss and validation accuracy, mean over seeds."""
 
     def cell(part: str, base: str, batch: int, rate: float, change: str) -> str:
-        found = [o for r, o in done.items() if (r.part, r.base, r.batch, r.rate, r.change) == (part, base, batch, rate, change)]
+        found = [
+            o
+            for r, o in done.items()
+            if (r.part, r.base, r.batch, r.rate, r.change) == (part, base, batch, rate, change)
+        ]
         if not found:
             return ""
         bad = sum(math.isnan(o.train_loss) for o in found)
         if bad:
             return f"diverged {bad} of {len(found)}"
-        return f"{statistics.fmean(o.train_loss for o in found):.3g} ({statistics.fmean(o.accuracy for o in found):.1f})"
+        return (
+            f"{statistics.fmean(o.train_loss for o in found):.3g} ({statistics.fmean(o.accuracy for o in found):.1f})"
+        )
 
     text = []
     for batch in EPOCHS:
@@ -186,7 +196,14 @@ def report(done: dict[Run, Outcome]) -> str:
         rows = []
         for base, rate in itertools.product(BASES, (1.0, 3.0)):
             reference = cell("rho", base, batch, rate, f"rho={REFERENCE_RHO:g}")
-            rows.append([base, f"{BASES[base][2] * rate:g}", reference, *(cell("options", base, batch, rate, c) for c in CHANGES)])
+            rows.append(
+                [
+                    base,
+                    f"{BASES[base][2] * rate:g}",
+                    reference,
+                    *(cell("options", base, batch, rate, c) for c in CHANGES),
+                ]
+            )
         text.append(tabulate(rows, ["base", "rate", "defaults", *CHANGES], tablefmt="github"))
     return "\n".join(text)
 

@@ -165,10 +165,15 @@ class InputSide:
 def eigenbasis(factor_Gnn: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (G, n), none negative, and eigenvectors (G, n, n) of a symmetric factor.
 
+    A factor of few samples has a large null space, where single precision sometimes does not converge: then in double.
+
     Raises:
         torch.linalg.LinAlgError: the decomposition did not converge, or its result is not finite.
     """
-    values, vectors = torch.linalg.eigh(factor_Gnn)
+    try:
+        values, vectors = torch.linalg.eigh(factor_Gnn)
+    except torch.linalg.LinAlgError:
+        values, vectors = (part.to(factor_Gnn) for part in torch.linalg.eigh(factor_Gnn.double()))
     if not bool(torch.isfinite(values).all() and torch.isfinite(vectors).all()):
         raise torch.linalg.LinAlgError("eigendecomposition: the result is not finite")
     return values.clamp(min=0), vectors

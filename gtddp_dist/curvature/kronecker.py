@@ -392,11 +392,19 @@ class KFAC(KroneckerCurvature):
 
     def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
         side, basis_b = self._sides(state, layout)
-        root, pi = damping**0.5, value_ratio(state["values_a"], state["values_b"])[:, None]
-        ones = state.get("factor_ones", state["values_b"][0, 0])
-        a_GI = 1 / (side.entries(state["values_a"], ones) + pi * root)
-        b_GO = 1 / (state["values_b"] + root / pi)
-        return Coordinates(side, basis_b, b_GO[:, :, None] * a_GI[:, None], (b_GO, a_GI))
+
+        def inverse(values_a: Tensor) -> tuple[Tensor, Tensor]:
+            root, pi = damping**0.5, value_ratio(values_a, state["values_b"])[:, None]
+            return 1 / (state["values_b"] + root / pi), 1 / (values_a + pi * root)
+
+        b_GO, a_GI = inverse(state["values_a"])
+        if not side.by_channel:
+            return Coordinates(side, basis_b, b_GO[:, :, None] * a_GI[:, None], (b_GO, a_GI))
+        spread = b_GO[:, :, None] * a_GI.repeat_interleave(layout.taps, dim=1)[:, None]
+        if layout.bias:  # apart from the weight, with a factor and a trace ratio of its own
+            b_of_ones, a_of_ones = inverse(state["factor_ones"].expand(layout.groups, 1))
+            spread = torch.cat([spread, b_of_ones[:, :, None] * a_of_ones[:, None]], dim=2)
+        return Coordinates(side, basis_b, spread)
 
     def _together(
         self, u: State, v: State, layouts: list[Layout], damping: float
