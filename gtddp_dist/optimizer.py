@@ -73,6 +73,11 @@ class GTDDP(torch.optim.Optimizer):
         except TypeError as error:
             raise OptionError(f"{error}; the options are {', '.join(Options.__dataclass_fields__)}") from None
         self.curvature = curvature.cooperating(self.options.cooperation)
+        if self.curvature.stream != "gradient" and self.options.statistics == "value":
+            raise OptionError(
+                "fisher='sampled' and statistics='value' exclude each other: factors are made of sampled labels or of "
+                "the value function"
+            )
         if stages is None:
             self.trajectory = trace(model, plain_modules, plain_parameters, projection)
         elif projection != "cooperative":
@@ -342,5 +347,5 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
     """One look at the device for all of them."""
     if not tensors:
         return True
-    norms = torch._foreach_norm(list(tensors))
+    norms = torch._foreach_norm(list(tensors), float("inf"))  # squares could overflow where the values do not
     return bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])).all())

@@ -535,22 +535,14 @@ def from_value_matrix(M: Tensor, s_z: Tensor) -> Tensor:
     return V_zz.reshape(samples * size, samples * size)
 
 
-def _positive(V_zz: Tensor, s_z: Tensor, value_hessian: str) -> Tensor:
-    """The "replace" mode's rule: M is made positive semi-definite, each sample's block or as a whole.
+def _positive(V_zz: Tensor, s_z: Tensor) -> Tensor:
+    """The "replace" mode's rule: M is made positive semi-definite (where it is block-diagonal, block by block).
 
     terminal="exact": the part of M that `value_matrix` leaves out is one direction for each sample, sqrt(p), along
     which the recursion leaves M at rho / B > 0. So it has no share in the negative eigenvalues.
     """
-    M = value_matrix(V_zz, s_z)
-    samples = len(s_z)
-    rows = len(M) // samples
-    blocks = [M[b * rows :, b * rows :][:rows, :rows] for b in range(samples)]
-    parts = blocks if value_hessian == "block_diagonal" else [M]
-    positive = []
-    for part in parts:
-        eigenvalues, vectors = torch.linalg.eigh(part)
-        positive.append(vectors @ torch.diag(eigenvalues.clamp(min=0)) @ vectors.T)
-    return from_value_matrix(torch.block_diag(*positive), s_z)
+    eigenvalues, vectors = torch.linalg.eigh(value_matrix(V_zz, s_z))
+    return from_value_matrix(vectors @ torch.diag(eigenvalues.clamp(min=0)) @ vectors.T, s_z)
 
 
 # --- the recursion ------------------------------------------------------------------------------------------
@@ -628,7 +620,7 @@ def _backward_stage(
     if options.value_hessian == "block_diagonal":
         V_zz = _same_sample(V_zz, B)
     if options.control_hessian == "replace":
-        V_zz = _positive(V_zz, s_z, options.value_hessian)
+        V_zz = _positive(V_zz, s_z)
 
     for values, value in ((sweep.V_z, V_z), (sweep.V_zz, V_zz), (sweep.k, k), (sweep.K, K)):
         values.insert(0, value)

@@ -152,7 +152,7 @@ def test_resnet18_of_torchvision_as_it_is() -> None:
 
 
 def test_joint_solve_identity() -> None:
-    """Proximal, full M, linear rollout: d becomes d - R^-1 S^T (rho/B) (I + (rho/B) H)^-1 S d, H summed over players."""
+    """Proximal, full M, linear: d becomes d - R^-1 S^T (rho/B) (I + (rho/B) H)^-1 S d, H summed over players."""
     net = NETS["small_resnet"]
     lr, rho, samples = 0.3, 0.7, 4
     x, y = net.batch(samples, 0)

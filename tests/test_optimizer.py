@@ -432,7 +432,7 @@ def test_a_lost_gradient() -> None:
     model = NET.model()
     optimizer = GTDDP(model, curvature.SGD(lr=0.1))
     backward(model)
-    name, parameter = list(model.named_parameters())[0]
+    name, parameter = next(iter(model.named_parameters()))
     parameter.grad = None
     before = snapshot(model, optimizer)
     with pytest.raises(StepError, match=f"'{name}' has no gradient"):

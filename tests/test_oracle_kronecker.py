@@ -361,6 +361,9 @@ def test_intervals(base: Kronecker) -> None:
             assert all(
                 torch.equal(own[k], before[k]) for k in before if k.endswith("_used") or ":U_" in k or ":E_" in k
             )
+            if not base.corrected:  # what is used is as of the last refresh
+                assert torch.equal(rule.pair_curvature(own, u, v), rule.pair_curvature(before, u, v))
+                assert torch.equal(rule.block_curvature(own, u), rule.block_curvature(before, u))
 
 
 # --- cooperation --------------------------------------------------------------------------------------------
@@ -649,6 +652,13 @@ def test_the_recursion_lives_in_sample_space(
     )
     parameters, state, result = run_two_steps(net, options)
     (sweep,) = result.sweeps
+    if metric == "previous":  # the sweep's metric is that of the first step, which swept nothing
+        start = net.parameters(net.model())
+        first = oracle_step(net.stages, start, State(), *net.batch(B, 0), replace(options, metric="current"))
+        now = oracle_step(net.stages, parameters, state, *net.batch(B, 1), replace(options, metric="current"))
+        for R, before, later in zip(result.metric, first.metric, now.metric, strict=True):
+            assert error(R, before) < 1e-12
+            assert error(R, later) > 1e-3
     inputs, labels = net.batch(B, 1)
     phi_z = loss_cotangent(net, parameters, inputs, labels)
     p_softmax = sweep.live[-1][0].softmax(1)
