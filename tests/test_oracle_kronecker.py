@@ -617,7 +617,7 @@ SPACE: list[Any] = [
     for net, base, cooperation, metric in [
         (SMALL_RESNET, BASES[0], "exact", "current"),
         (SMALL_RESNET, BASES[1], "exact", "previous"),
-        (NORMED_PROJECTION, BASES[0], "theorem3", "previous"),
+        (NORMED_PROJECTION, replace(BASES[0], basis_every=1), "theorem3", "previous"),
         (TWIN_CONV, BASES[1], "corollary7", "current"),
         (TOKENS, BASES[1], "none", "current"),
         (PROJECTION, SGD(0.3, mu=0.9), "none", "current"),
@@ -658,7 +658,7 @@ def test_the_recursion_lives_in_sample_space(
         now = oracle_step(net.stages, parameters, state, *net.batch(B, 1), replace(options, metric="current"))
         for R, before, later in zip(result.metric, first.metric, now.metric, strict=True):
             assert error(R, before) < 1e-12
-            assert error(R, later) > 1e-3
+            assert error(R, later) > 1e-5
     inputs, labels = net.batch(B, 1)
     phi_z = loss_cotangent(net, parameters, inputs, labels)
     p_softmax = sweep.live[-1][0].softmax(1)
