@@ -30,8 +30,8 @@ test: $(STAMP)  ## run every test
 	$(VENV)/bin/python -m pytest
 
 lint: $(STAMP)  ## check style, formatting and types
-	$(VENV)/bin/ruff check gtddp_dist launch tests
-	$(VENV)/bin/ruff format --check gtddp_dist launch tests
+	$(VENV)/bin/ruff check gtddp_dist launch tests docs .ci
+	$(VENV)/bin/ruff format --check gtddp_dist launch tests docs .ci
 	$(VENV)/bin/mypy
 
 clean:  ## remove .venv, caches and build outputs; runs/ stays

@@ -116,6 +116,9 @@ class GTDDP(torch.optim.Optimizer):
         )
         for player in self.trajectory.players:
             self.curvature.check(self._controls(player))
+        self._smallest_first = sorted(
+            self.trajectory.players, key=lambda player: sum(p.numel() for p in player.controls().values())
+        )
         self._capture.attach()
 
     def _cotangents(self) -> dict[Stream, Cotangents]:
@@ -261,11 +264,39 @@ class GTDDP(torch.optim.Optimizer):
                 samples = work.samples.of(player, "gradient")
                 if samples is not None and not work.absorbs(player):
                     grads.update(samples.weighted(work.mean_weights()))
+        if not weighted and len(work.groups) > 1 and self.options.feedback:
+            work.clip = self._user_factor(work, grads)
         if self.options.clip_norm is not None:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
-            work.clip = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
-            grads = {name: grad * work.clip for name, grad in grads.items()}
+            factor = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
+            grads = {name: grad * factor for name, grad in grads.items()}
+            work.clip = work.clip * factor
         work.grads = grads
+
+    def _user_factor(self, work: Step, grads: Mapping[str, Tensor]) -> float:
+        """By what common factor ``p.grad`` was changed since the backward passes (1: not at all).
+
+        Only several recursion groups need to know: their own gradients come from what was captured.
+
+        Raises:
+            StepError: it was changed in another way, which the groups' gradients cannot follow.
+        """
+        for player in self._smallest_first:
+            samples = work.samples.of(player, "gradient")
+            captured = {} if samples is None else samples.weighted(work.mean_weights())
+            ours = [captured[name].flatten().double() for name in captured]
+            theirs = [grads[name].flatten().double() for name in captured]
+            if not ours or not bool(torch.cat(ours).any()):
+                continue  # nothing reached it: look at the next
+            expected, found = torch.cat(ours), torch.cat(theirs)
+            factor = float(expected @ found / (expected @ expected))
+            if float((found - factor * expected).norm()) > 0.02 * float(found.norm()):  # bfloat16 rounds at 0.004
+                raise StepError(
+                    f"p.grad of player '{player.name}' is no multiple of what the backward passes left; with several "
+                    "recursion groups (scope, replica_groups) it may be scaled as a whole only, as by clip_grad_norm_"
+                )
+            return factor if abs(factor - 1) > 1e-4 else 1.0
+        return 1.0
 
     def _controls(self, player: Player | None) -> Controls:
         parameters = (

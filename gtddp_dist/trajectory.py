@@ -204,6 +204,10 @@ class _ModuleStage:
 
 def check_parameters(model: nn.Module, plain_modules: Collection[str], plain_parameters: Collection[str] = ()) -> None:
     """Refuse what cannot be trained: unknown names, shared or foreign parameters, nothing to train."""
+    for attribute, wrapper in (("_orig_mod", "torch.compile"), ("module", type(model).__name__)):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module) and (attribute == "_orig_mod" or "DataParallel" in wrapper):
+            raise ModelError(f"the model is wrapped ({wrapper}); give GTDDP the plain model, model.{attribute}")
     modules = dict(model.named_modules())
     plain = _checked_plain(model, plain_modules, plain_parameters)
     owners: dict[nn.Parameter, str] = {}

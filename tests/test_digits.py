@@ -28,8 +28,9 @@ def test_gtddp_sgd_trains_where_sgd_diverges(tmp_path: Path) -> None:
     assert ours["val/accuracy"] >= 0.95
 
 
-@pytest.mark.parametrize(("rate", "accuracy"), [(0.03, 0.97), (0.3, 0.96)])
+@pytest.mark.parametrize(("rate", "accuracy"), [(0.1, 0.97), (0.3, 0.96)])
 def test_gtddp_ekfac_trains_also_at_ten_times_ekfacs_rate(tmp_path: Path, rate: float, accuracy: float) -> None:
+    """EKFAC's own best rate on this network is 0.03; at 0.3 it ends near 90%."""
     code, summary = train(tmp_path / "run", "digits-ekfac", f"optimizer.lr={rate}")
     assert code == OK
     assert summary["val/accuracy"] >= accuracy

@@ -1,4 +1,4 @@
-"""KFAC and EKFAC as optimizers: failures, bad input, saving; the numbers are compared with the dense reference elsewhere."""
+"""KFAC and EKFAC as optimizers: failures, bad input, saving. Their numbers: test_kronecker_against_oracle.py."""
 
 from __future__ import annotations
 

@@ -79,6 +79,37 @@ def test_clipping_p_grad_is_the_option_clip_norm(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("terminal", ["loss_gradient", "sampled"])
+def test_clipping_p_grad_with_several_groups(terminal: str) -> None:
+    """Each group's own gradient is captured data: it must be clipped alike."""
+    ends = []
+    for by_option in (True, False, None):
+        model = NET.model()
+        base = curvature.Adam(lr=0.05)
+        clip = 0.05 if by_option else None
+        optimizer = GTDDP(model, base, gauss_newton_weight=0.5, scope=2, terminal=terminal, clip_norm=clip)
+        backward(model)
+        if by_option is False:
+            assert nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.1
+        optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-11)
+    assert not torch.allclose(ends[0], ends[2], rtol=1e-4)
+
+
+def test_other_changes_of_p_grad_with_several_groups_are_refused() -> None:
+    model = NET.model()
+    optimizer = GTDDP(model, curvature.SGD(lr=0.1), scope=2)
+    before = snapshot(model, optimizer)
+    backward(model)
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        parameter.grad.clamp_(-1e-3, 1e-3)
+    with pytest.raises(StepError, match="scaled as a whole"):
+        optimizer.step()
+    assert_unchanged(model, optimizer, before)
+
+
+@pytest.mark.parametrize("terminal", ["loss_gradient", "sampled"])
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_grad_scaler_leaves_the_step_as_it_is(unscale_first: bool, terminal: str) -> None:
     ends = []

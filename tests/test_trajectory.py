@@ -498,6 +498,13 @@ def test_weight_tying_is_refused() -> None:
         GTDDP(tied, curvature.SGD())
 
 
+def test_a_wrapped_model_is_asked_for_plain() -> None:
+    with pytest.raises(ModelError, match=r"wrapped \(torch.compile\).*model\._orig_mod"):
+        GTDDP(torch.compile(nn.Sequential(nn.Linear(2, 2))), curvature.SGD())  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"wrapped \(DataParallel\).*model\.module"):
+        GTDDP(nn.DataParallel(nn.Sequential(nn.Linear(2, 2))), curvature.SGD())
+
+
 def test_nothing_to_train_lazy_modules_and_unknown_names() -> None:
     with pytest.raises(ModelError, match="nothing to train"):
         GTDDP(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), curvature.SGD())
