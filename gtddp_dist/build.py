@@ -13,7 +13,7 @@ from . import curvature
 from .config import Config, OptimizerConfig
 from .curvature import Curvature
 from .optimizer import GTDDP
-from .options import PAPER
+from .options import PAPER, Options
 from .players import SUPPORTED
 from .registry import MODELS, OPTIMIZERS, load_object
 from .trajectory import PlainParts
@@ -32,21 +32,8 @@ _CURVATURES: dict[str, type[Curvature]] = {
     "kfac": curvature.KFAC,
     "ekfac": curvature.EKFAC,
 }
-_GTDDP_OPTIONS = (
-    "gauss_newton_weight",
-    "control_hessian",
-    "value_hessian",
-    "terminal",
-    "rollout",
-    "statistics",
-    "metric",
-    "scope",
-    "momentum_of",
-    "cooperation",
-    "projection",
-    "replace_guard",
-    "capture",
-)
+_GTDDP_OPTIONS = {*(field.name for field in fields(Options)), "projection"}
+"""What GTDDP takes itself; an optimizer's other options are its curvature's."""
 
 
 def base_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -64,7 +51,7 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
     name = config.optimizer.name
     entry = OPTIMIZERS[name]
     kind = _CURVATURES[entry.base or name]
-    own = {field.name for field in fields(kind)}
+    own = {field.name for field in fields(kind)} - _GTDDP_OPTIONS
     base = kind(**{n: v for n, v in _given(config.optimizer, entry.options).items() if n in own})
     options = _given(config.optimizer, tuple(n for n in _GTDDP_OPTIONS if n in entry.options))
     if not name.startswith("gtddp-"):

@@ -198,7 +198,7 @@ CROSS_FIELD_ERRORS = [
     (["parallel.pipe=2"], ["parallel.pipe = 2", "one process", "train.replica_groups"]),
     (["parallel.data=2"], ["parallel.data = 2", "one process", "train.replica_groups"]),
     (["schedule.milestones=[3]"], ["schedule.milestones = [3]", "schedule.name=step"]),
-    (["schedule.min_factor=0.1"], ["schedule.min_factor = 0.1", "schedule.name=cosine"]),
+    (["schedule.name=constant", "schedule.min_factor=0.1"], ["schedule.min_factor = 0.1", "schedule.name=cosine"]),
     (["schedule.gamma=0.5"], ["schedule.gamma = 0.5", "schedule.name=step"]),
     (["schedule.name=step"], ["schedule.name = 'step'", "needs schedule.milestones"]),
     (["schedule.name=step", "schedule.milestones=[5, 3]"], ["schedule.milestones = [5, 3]", "increasing"]),

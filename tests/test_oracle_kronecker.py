@@ -920,7 +920,7 @@ def test_against_curvlinops(net: Net, approximation: Literal["expand", "reduce"]
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # one of its packages compiles with torch.jit
-        curvlinops = pytest.importorskip("curvlinops")
+        curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed (extra: test)")
     samples = 40
     model = net.model()
     batch = net.batch(samples)

@@ -43,6 +43,7 @@ def configure(run_dir: str, *overrides: str) -> Config:
             "optimizer.name=sgd",
             "optimizer.gauss_newton_weight=null",
             "optimizer.lr=0.02",
+            "schedule.name=constant",
             f"train.steps={STEPS}",
             "train.batch_size=100",
             "log.every=4",
@@ -272,6 +273,7 @@ def test_a_signal_stops_the_command_with_a_checkpoint_to_be_requeued(number: sig
     options = ["optimizer.name=adam", "train.steps=3000", "log.every=1", "eval.every=1000"]
     config = configure("resumed", *options)
     words = [f"{group}.{name}={json.dumps(value)}" for group, name, value in _settings(config)]
+    words.append("schedule.name=constant")  # the default, which `words` leaves out, but not that of digits.yaml
     process = subprocess.Popen(
         [sys.executable, "-m", "gtddp_dist", "train", "digits", *words],
         stdout=subprocess.PIPE,

@@ -50,6 +50,7 @@ def small(*overrides: str, run_dir: str = "run") -> Config:
             "optimizer.name=sgd",
             "optimizer.gauss_newton_weight=null",
             "optimizer.lr=0.05",
+            "schedule.name=constant",
             "train.steps=6",
             "log.every=2",
             "log.progress=false",
