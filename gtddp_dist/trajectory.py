@@ -208,6 +208,8 @@ def check_parameters(model: nn.Module, plain_modules: Collection[str], plain_par
         inner = getattr(model, attribute, None)
         if isinstance(inner, nn.Module) and (attribute == "_orig_mod" or "DataParallel" in wrapper):
             raise ModelError(f"the model is wrapped ({wrapper}); give GTDDP the plain model, model.{attribute}")
+    if is_supported(model):
+        raise ModelError(f"the model is itself one {type(model).__name__}; put it into nn.Sequential(...)")
     modules = dict(model.named_modules())
     plain = _checked_plain(model, plain_modules, plain_parameters)
     owners: dict[nn.Parameter, str] = {}

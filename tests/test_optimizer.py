@@ -43,7 +43,7 @@ def assert_unchanged(model: nn.Module, optimizer: GTDDP, before: tuple[Tensor, s
 
 
 def test_schedulers_set_the_rate() -> None:
-    """Two rates by a scheduler, or by hand."""
+    """Two rates by a scheduler, or by hand, the latter as a tensor as torch.optim also takes them."""
     ends = []
     for scheduled in (True, False):
         model = NET.model()
@@ -51,7 +51,7 @@ def test_schedulers_set_the_rate() -> None:
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1) if scheduled else None
         for step in range(3):
             if scheduler is None:
-                optimizer.param_groups[0]["lr"] = 0.4 * 0.1**step
+                optimizer.param_groups[0]["lr"] = torch.tensor(0.4 * 0.1**step, dtype=torch.float64)
             optimizer.zero_grad()
             backward(model, step)
             optimizer.step()

@@ -505,6 +505,11 @@ def test_a_wrapped_model_is_asked_for_plain() -> None:
         GTDDP(nn.DataParallel(nn.Sequential(nn.Linear(2, 2))), curvature.SGD())
 
 
+def test_a_single_layer_is_asked_for_in_a_sequence() -> None:
+    with pytest.raises(ModelError, match=r"itself one Linear; put it into nn\.Sequential"):
+        GTDDP(nn.Linear(2, 2), curvature.SGD())
+
+
 def test_nothing_to_train_lazy_modules_and_unknown_names() -> None:
     with pytest.raises(ModelError, match="nothing to train"):
         GTDDP(nn.Sequential(nn.Linear(2, 2).requires_grad_(False)), curvature.SGD())

@@ -178,6 +178,8 @@ class Curvature(ABC):
 def number(group: Group, name: str) -> float:
     """A numeric option of a parameter group."""
     value = group[name]
+    if isinstance(value, Tensor) and value.numel() == 1:  # torch.optim takes learning rates so, too
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise OptionError(f"param_groups: {name} is {value!r}, not a number")
     return float(value)
