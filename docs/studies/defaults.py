@@ -101,14 +101,14 @@ def train(run: Run) -> Outcome:
     """Train the small residual network of `configs/digits.yaml`; a diverged run has a loss of NaN."""
     torch.manual_seed(run.seed)
     data = digits.load(DataConfig())
-    model = small_resnet.build(ModelConfig(), data.in_channels, data.classes)
+    model = small_resnet.build(ModelConfig(), data.in_channels, data.classes, data.image_size[0])
     kind, options, good_rate = BASES[run.base]
     changed: dict[str, object] = {"gauss_newton_weight": REFERENCE_RHO}
     if run.part == "rho":
         changed["gauss_newton_weight"] = float(run.change.removeprefix("rho="))
     else:
         changed.update(CHANGES[run.change])
-    optimizer = GTDDP(model, kind(lr=good_rate * run.rate, **options), seed=run.seed, **changed)  # type: ignore[arg-type]
+    optimizer = GTDDP(model, kind(lr=good_rate * run.rate, **options), seed=run.seed, **changed)  # type: ignore[arg-type, call-arg]
     order = BatchOrder(len(data.train_labels), run.batch, run.seed)
     total = EPOCHS[run.batch] * order.steps_per_epoch
     losses = []
