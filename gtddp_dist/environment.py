@@ -90,6 +90,7 @@ def _versions() -> dict[str, JSON]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    versions["torch"] = torch.__version__  # with its build, which the package's metadata may leave out
     return versions
 
 
