@@ -80,7 +80,7 @@ def reference_base(class_name: str, options: dict[str, Any]) -> oracle.Base:
     return base
 
 
-def compare(
+def check_steps(
     net: Net,
     base: str,
     layout: Layout,
@@ -93,10 +93,10 @@ def compare(
     """STEPS steps of both; asserts equal weights after each, relative to the step's own size."""
     class_name, options = BASES[base]
     ours = getattr(curvature, class_name)(**options)
-    compare_with(net, ours, reference_base(class_name, options), layout, mode, rho, guard=guard, inspect=inspect)
+    check_with(net, ours, reference_base(class_name, options), layout, mode, rho, guard=guard, inspect=inspect)
 
 
-def compare_with(
+def check_with(
     net: Net,
     ours: curvature.Curvature,
     theirs: oracle.OptimizerRule,
@@ -140,7 +140,7 @@ def compare_with(
         error = float((moved - expected).norm() / expected.norm())
         assert error < tolerance, f"step {step}: relative error {error:.2e}"
         if inspect:
-            _compare_inspected(net, optimizer, result)
+            _check_inspected(net, optimizer, result)
         parameters, state = result.parameters, result.state
 
 
@@ -158,7 +158,7 @@ def _sampled_labels(model: nn.Module, x: Tensor, micro_batches: int, step: int) 
     return labels
 
 
-def _compare_inspected(net: Net, optimizer: GTDDP, result: oracle.OracleResult) -> None:
+def _check_inspected(net: Net, optimizer: GTDDP, result: oracle.OracleResult) -> None:
     if not result.sweeps:
         return
     for group, sweep in enumerate(result.sweeps):
@@ -207,7 +207,7 @@ def _rotated(shift: int) -> list[Any]:
 
 @pytest.mark.parametrize(("net", "base", "layout", "mode"), [*_rotated(0), *_rotated(1)])
 def test_steps_equal_the_dense_recursion(net: str, base: str, layout: int, mode: dict[str, Any]) -> None:
-    compare(NETS[net], base, LAYOUTS[layout], mode, rho=0.5)
+    check_steps(NETS[net], base, LAYOUTS[layout], mode, rho=0.5)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -219,7 +219,7 @@ def test_every_network_with_every_base(net: str, base: str) -> None:
         "control_hessian": "proximal",
         "value_hessian": "batch",
     }
-    compare(NETS[net], base, LAYOUTS[0], mode, rho=2.0)
+    check_steps(NETS[net], base, LAYOUTS[0], mode, rho=2.0)
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -229,9 +229,9 @@ def test_values_and_policies_in_explicit_form(net: str, control: str, value: str
     """Prop. 5 and 6: V_z, V_zz (with the cross-terms of residual states), k and K of every stage."""
     base, layout = ("adam", LAYOUTS[1]) if control == "proximal" else ("sgd momentum", LAYOUTS[0])
     mode = {"terminal": "loss_gradient", "rollout": "nonlinear", "control_hessian": control, "value_hessian": value}
-    compare(NETS[net], base, layout, mode, rho=0.5, inspect=True)
+    check_steps(NETS[net], base, layout, mode, rho=0.5, inspect=True)
     mode["terminal"] = "sampled"
-    compare(NETS[net], base, layout, mode, rho=0.5, inspect=True)
+    check_steps(NETS[net], base, layout, mode, rho=0.5, inspect=True)
 
 
 @pytest.mark.parametrize("guard", [True, False])
@@ -242,7 +242,7 @@ def test_replace_where_it_amplifies(guard: bool, value: str) -> None:
     net = NETS["small_resnet"]
     BASES["sgd fast"] = ("SGD", {"lr": 3.0})
     try:
-        compare(net, "sgd fast", LAYOUTS[0], mode, rho=4.0, guard=guard)
+        check_steps(net, "sgd fast", LAYOUTS[0], mode, rho=4.0, guard=guard)
     finally:
         del BASES["sgd fast"]
     optimizer = GTDDP(net.model(), curvature.SGD(lr=3.0), gauss_newton_weight=4.0, replace_guard=guard, **mode)

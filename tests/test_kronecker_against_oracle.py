@@ -15,7 +15,7 @@ import oracle
 import oracle_kronecker
 import pytest
 from nets import ALL_NETS, NETS
-from test_against_oracle import BASES, LAYOUTS, compare, compare_with
+from test_against_oracle import BASES, LAYOUTS, check_steps, check_with
 
 from gtddp_dist import curvature
 
@@ -61,7 +61,7 @@ def both(kind: str, name: str, **changes: Any) -> tuple[curvature.Curvature, ora
     return getattr(curvature, kind)(**options), getattr(oracle_kronecker, kind)(**theirs)
 
 
-def compare_kronecker(
+def check_kronecker(
     net: str, kind: str, name: str, layout: int, mode: dict[str, Any], rho: float = 0.5, **more: Any
 ) -> None:
     changes: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def compare_kronecker(
         mode = {**mode, "statistics": "gradient"}
     mode = {"cooperation": "none", **mode}
     more = {"steps": STEPS, "tolerance": 1e-9, **more}
-    compare_with(ALL_NETS[net], ours, theirs, LAYOUTS[layout], mode, rho, **more)
+    check_with(ALL_NETS[net], ours, theirs, LAYOUTS[layout], mode, rho, **more)
 
 
 def _rotated() -> list[Any]:
@@ -100,7 +100,7 @@ def _rotated() -> list[Any]:
 
 @pytest.mark.parametrize(("net", "kind", "name", "layout", "mode"), _rotated())
 def test_steps_equal_the_dense_recursion(net: str, kind: str, name: str, layout: int, mode: dict[str, Any]) -> None:
-    compare_kronecker(net, kind, name, layout, mode)
+    check_kronecker(net, kind, name, layout, mode)
 
 
 SIMPLE = {"terminal": "loss_gradient", "rollout": "nonlinear", "statistics": "value", "metric": "current"}
@@ -114,7 +114,7 @@ def test_every_network_with_every_curvature(net: str, kind: str, name: str) -> N
     mode: dict[str, Any] = dict(SIMPLE)
     if net.endswith("separate"):
         mode["projection"] = "separate"
-    compare_kronecker(net, kind, name, 0, mode)
+    check_kronecker(net, kind, name, 0, mode)
 
 
 @pytest.mark.parametrize("net", COOPERATIVE)
@@ -125,14 +125,14 @@ def test_cooperation(net: str, kind: str, cooperation: str, name: str) -> None:
         mode = {**SIMPLE, "rollout": "linear", "control_hessian": "replace", "value_hessian": "block_diagonal"}
     else:
         mode = dict(SIMPLE)
-    compare_kronecker(net, kind, name, 0, {**mode, "cooperation": cooperation})
+    check_kronecker(net, kind, name, 0, {**mode, "cooperation": cooperation})
 
 
 @pytest.mark.parametrize("net", ["twin_linear", "twin_conv"])
 @pytest.mark.parametrize("kind", ["KFAC", "EKFAC"])
 @pytest.mark.parametrize("name", ["plain", "momentum", "reduced"])
 def test_corollary_7(net: str, kind: str, name: str) -> None:
-    compare_kronecker(net, kind, name, 0, {**SIMPLE, "cooperation": "corollary7"})
+    check_kronecker(net, kind, name, 0, {**SIMPLE, "cooperation": "corollary7"})
 
 
 @pytest.mark.parametrize("net", ["small_resnet", "twin_conv"])
@@ -141,16 +141,16 @@ def test_corollary_7(net: str, kind: str, name: str) -> None:
 def test_without_feedback_it_is_the_base(net: str, cooperation: str, kind: str) -> None:
     """rho = 0: KFAC and EKFAC; with cooperation GT-KFAC and GT-EKFAC."""
     mode = {**SIMPLE, "cooperation": cooperation, "statistics": "gradient"}
-    compare_kronecker(net, kind, "momentum", 0, mode, rho=0.0)
-    compare_kronecker(net, kind, "plain", 1, mode, rho=0.0)
+    check_kronecker(net, kind, "momentum", 0, mode, rho=0.0)
+    check_kronecker(net, kind, "plain", 1, mode, rho=0.0)
 
 
 @pytest.mark.parametrize("kind", ["KFAC", "EKFAC"])
 @pytest.mark.parametrize("terminal", ["loss_gradient", "exact"])
 def test_values_and_policies_in_explicit_form(kind: str, terminal: str) -> None:
     mode = {**SIMPLE, "terminal": terminal}
-    compare_kronecker("small_resnet", kind, "plain", 1, {**mode, "cooperation": "exact"}, inspect=True)
-    compare_kronecker("tokens", kind, "plain", 0, mode, inspect=True)
+    check_kronecker("small_resnet", kind, "plain", 1, {**mode, "cooperation": "exact"}, inspect=True)
+    check_kronecker("tokens", kind, "plain", 0, mode, inspect=True)
 
 
 EXACT_MODES = [
@@ -174,4 +174,4 @@ def test_exact_terminal_with_the_other_bases(mode: dict[str, Any], guard: bool) 
     nets, bases = list(NETS), list(BASES)
     for index in range(3):
         turn = EXACT_MODES.index(mode) * 3 + index
-        compare(NETS[nets[turn % len(nets)]], bases[turn % len(bases)], LAYOUTS[turn % 4], mode, 0.5, guard=guard)
+        check_steps(NETS[nets[turn % len(nets)]], bases[turn % len(bases)], LAYOUTS[turn % 4], mode, 0.5, guard=guard)

@@ -2,7 +2,9 @@
 
 from .adam import Adam, AdamW
 from .base import Controls, Cooperation, Curvature, Direction, Evidence, Metric, MomentumOf
-from .kronecker import EKFAC, KFAC, KroneckerCurvature
+from .ekfac import EKFAC
+from .kfac import KFAC
+from .kronecker import KroneckerCurvature
 from .rmsprop import RMSprop
 from .sgd import SGD
 

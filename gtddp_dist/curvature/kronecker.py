@@ -1,4 +1,4 @@
-"""KFAC and EKFAC: Kronecker factors of every layer, their bases, and two cooperating layers' joint metric.
+"""What KFAC and EKFAC share: every layer's Kronecker factors, their bases, two cooperating layers, the base rule.
 
 KFAC (arXiv 1503.05671, 1602.01407) takes A (x) B for the curvature of a layer, EKFAC (arXiv 1806.03884) its
 eigenbasis with corrected eigenvalues. Both are base optimizers by themselves:
@@ -46,7 +46,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerCurvature(Curvature):
-    """What KFAC and EKFAC share.
+    """Options and rules of a Kronecker curvature; what it makes of the factors is left to KFAC and EKFAC.
 
     Attributes:
         lr: learning rate; 0 or more.
@@ -130,14 +130,14 @@ class KroneckerCurvature(Curvature):
                     f"param_groups: weight and bias of module '{name}' are in different groups; a Kronecker "
                     "curvature couples them: put them into one"
                 )
-        pair = self._pair(controls)
+        pair = self.pair(controls)
         if pair is not None and len({id(of_module(n, controls.groups).popitem()[1]) for n in pair}) > 1:
             raise OptionError(
                 f"param_groups: modules '{pair[0]}' and '{pair[1]}' cooperate (cooperation={self.cooperation!r}): put "
                 "their parameters into one group, or use cooperation='none'"
             )
 
-    def _pair(self, controls: Controls) -> tuple[str, str] | None:
+    def pair(self, controls: Controls) -> tuple[str, str] | None:
         """The modules u and v that cooperate in this player, if any."""
         player = cast(Player, controls.player)
         if self.cooperation == "none" or not player.shortcut:
@@ -172,7 +172,7 @@ class KroneckerCurvature(Curvature):
             raise CurvatureError(
                 f"player '{controls.player.name}': no derivative of the stream '{self.stream}' reached all its modules"
             )
-        anchors = {name: _anchor(name, controls) for name in layers}
+        anchors = {name: anchor_of(name, controls) for name in layers}
         first = next(iter(new))
         steps = int(controls.state[first].get("step", torch.zeros(())))
         for name in new:
@@ -186,7 +186,8 @@ class KroneckerCurvature(Curvature):
         new[first]["step"] = torch.tensor(float(steps + 1))
         return new
 
-    def _mix(self, state: State, key: str, value: Tensor, module: str) -> None:
+    def mix(self, state: State, key: str, value: Tensor, module: str) -> None:
+        """Take a new value into a running average; the first one is the average."""
         if not bool(torch.isfinite(value).all()):
             raise CurvatureError(f"module '{module}': {key} of this step is not finite; nothing was changed")
         state[key] = state[key].lerp(value, 1 - self.factor_decay) if key in state else value
@@ -195,15 +196,15 @@ class KroneckerCurvature(Curvature):
         self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
     ) -> None:
         """Running averages of factors, cross factors, and the squares of normalisation parameters' gradients."""
-        pair = self._pair(controls)
+        pair = self.pair(controls)
         kept: dict[str, tuple[Tensor, Tensor]] = {}
         for name, part in samples.parts.items():
             if name not in layers:
                 for local, grads in part.per_sample().items():
-                    self._mix(new[qualified(name, local)], "square_avg", (grads**2).mean(0), name)
+                    self.mix(new[qualified(name, local)], "square_avg", (grads**2).mean(0), name)
                 continue
             assert isinstance(part, AffineGradients)
-            state = new[_anchor(name, controls)]
+            state = new[anchor_of(name, controls)]
             layout = layers[name]
             x_BGLI, y_BGLO = layout.positions(part)
             if pair is not None and self.cooperation == "corollary7" and name in pair and "factor_a" not in state:
@@ -211,11 +212,11 @@ class KroneckerCurvature(Curvature):
             positions = y_BGLO.shape[2]
             x_BGLI, y_BGLO = bases.reduced(x_BGLI, y_BGLO, self.factors)
             if self.factors == "spatially_uncorrelated" and layout.channels:
-                self._mix(state, "factor_a", bases.channel_factor(part, layout), name)
-                self._mix(state, "factor_ones", torch.full_like(x_BGLI[0, 0, 0, 0], positions), name)
+                self.mix(state, "factor_a", bases.channel_factor(part, layout), name)
+                self.mix(state, "factor_ones", torch.full_like(x_BGLI[0, 0, 0, 0], positions), name)
             else:
-                self._mix(state, "factor_a", bases.input_factor(x_BGLI), name)
-            self._mix(state, "factor_b", bases.output_factor(y_BGLO), name)
+                self.mix(state, "factor_a", bases.input_factor(x_BGLI), name)
+            self.mix(state, "factor_b", bases.output_factor(y_BGLO), name)
             if pair is not None and self.cooperation != "corollary7" and name in pair:
                 kept[name] = (x_BGLI, y_BGLO)
         if pair is None or not kept:
@@ -228,18 +229,18 @@ class KroneckerCurvature(Curvature):
                     "the same input and the same output derivative; use 'exact'"
                 )
             return
-        state = new[_anchor(pair[0], controls)]
-        self._mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0])
-        self._mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0])
+        state = new[anchor_of(pair[0], controls)]
+        self.mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0])
+        self.mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0])
 
     def _refresh(self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State]) -> None:
         """New bases; where a decomposition fails the previous one is kept, a bounded number of times."""
-        pair = self._pair(controls)
+        pair = self.pair(controls)
         for name in layers:
-            state = new[_anchor(name, controls)]
+            state = new[anchor_of(name, controls)]
             if pair is not None and name == pair[1]:
                 continue  # with its partner
-            partner = None if pair is None or name not in pair else new[_anchor(pair[1], controls)]
+            partner = None if pair is None or name not in pair else new[anchor_of(pair[1], controls)]
             try:
                 if partner is None:
                     self._eigenbases(state)
@@ -247,7 +248,7 @@ class KroneckerCurvature(Curvature):
                     self._eigenbases(state)
                     partner.update({key: state[key] for key in ("basis_a", "basis_b", "values_a", "values_b")})
                 else:
-                    self._canonical_bases(state, partner, controls.groups[_anchor(name, controls)])
+                    self._canonical_bases(state, partner, controls.groups[anchor_of(name, controls)])
             except torch.linalg.LinAlgError as error:
                 failures = int(state.get("basis_failures", torch.zeros(()))) + 1
                 if "basis_b" not in state or failures > self.max_basis_failures:
@@ -301,18 +302,18 @@ class KroneckerCurvature(Curvature):
         if controls.player is None:
             return CoordinateMetric({}, {}, lr)
         layers = _layers(controls)
-        pair = self._pair(controls)
+        pair = self.pair(controls)
         coordinates: dict[str, Coordinates] = {}
         rates: dict[str, float] = {}
         for name, layout in layers.items():
-            anchor = _anchor(name, controls)
+            anchor = anchor_of(name, controls)
             rates[name] = lr[anchor]
             if pair is None or name not in pair:
                 coordinates[name] = self._alone(statistics[anchor], layout, number(controls.groups[anchor], "damping"))
         coupling = None
         if pair is not None:
-            u, v = (statistics[_anchor(name, controls)] for name in pair)
-            damping = number(controls.groups[_anchor(pair[0], controls)], "damping")
+            u, v = (statistics[anchor_of(name, controls)] for name in pair)
+            damping = number(controls.groups[anchor_of(pair[0], controls)], "damping")
             both, cross = self._together(u, v, [layers[name] for name in pair], damping)
             coordinates.update(zip(pair, both, strict=True))
             coupling = Coupling(pair[0], pair[1], cross)
@@ -332,7 +333,8 @@ class KroneckerCurvature(Curvature):
     ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
         """The coordinates of two layers that cooperate, and the cross entries of their pairs."""
 
-    def _sides(self, state: State, layout: Layout) -> tuple[InputSide, Tensor]:
+    def sides(self, state: State, layout: Layout) -> tuple[InputSide, Tensor]:
+        """A layer's bases: of its input side, and E_B."""
         by_channel = self.factors == "spatially_uncorrelated" and layout.channels > 0
         return InputSide(state["basis_a"], layout, by_channel), state["basis_b"]
 
@@ -378,130 +380,7 @@ class KroneckerCurvature(Curvature):
             parameter.sub_(step, alpha=lr)
 
 
-@dataclass(frozen=True, kw_only=True)
-class KFAC(KroneckerCurvature):
-    """C = (A + pi sqrt(damping)) (x) (B + sqrt(damping) / pi), pi^2 the ratio of the factors' mean eigenvalues."""
-
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
-        pass
-
-    def _correct(
-        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
-    ) -> None:
-        pass
-
-    def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
-        side, basis_b = self._sides(state, layout)
-
-        def inverse(values_a: Tensor) -> tuple[Tensor, Tensor]:
-            root, pi = damping**0.5, value_ratio(values_a, state["values_b"])[:, None]
-            return 1 / (state["values_b"] + root / pi), 1 / (values_a + pi * root)
-
-        b_GO, a_GI = inverse(state["values_a"])
-        if not side.by_channel:
-            return Coordinates(side, basis_b, b_GO[:, :, None] * a_GI[:, None], (b_GO, a_GI))
-        spread = b_GO[:, :, None] * a_GI.repeat_interleave(layout.taps, dim=1)[:, None]
-        if layout.bias:  # apart from the weight, with a factor and a trace ratio of its own
-            b_of_ones, a_of_ones = inverse(state["factor_ones"].expand(layout.groups, 1))
-            spread = torch.cat([spread, b_of_ones[:, :, None] * a_of_ones[:, None]], dim=2)
-        return Coordinates(side, basis_b, spread)
-
-    def _together(
-        self, u: State, v: State, layouts: list[Layout], damping: float
-    ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
-        if self.cooperation == "corollary7":
-            return _corollary7(self, u, layouts, u["values_b"][:, :, None] * u["values_a"][:, None], damping)
-        s_a, s_b = u["correlation_a"], u["correlation_b"]
-        both = []
-        for state, layout in zip((u, v), layouts, strict=True):
-            side, basis_b = self._sides(state, layout)
-            a2, b2 = _padded(s_a, layout.inputs) ** 2, _padded(s_b, layout.outputs) ** 2
-            product = b2[:, None] * a2
-            inverse = 1 / (1 - product) if self.cooperation == "exact" else 1 / ((1 - b2[:, None]) * (1 - a2))
-            both.append(Coordinates(side, basis_b, inverse[None]))
-        cross = -(s_b[:, None] * s_a) * both[0].inverse[0, : len(s_b), : len(s_a)]
-        return (both[0], both[1]), cross
-
-
-@dataclass(frozen=True, kw_only=True)
-class EKFAC(KroneckerCurvature):
-    """C = U diag(s + damping) U^T, U the factors' eigenbasis and s = E_b[(U_B^T g_b U_A)^2], a running average.
-
-    Two cooperating layers ("exact") keep the 2 x 2 second moments of each pair of canonical coordinates instead.
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(
-            self.cooperation != "theorem3",
-            "cooperation",
-            "theorem3",
-            "'none', 'exact' or 'corollary7' with EKFAC (Theorem 3 has no corrected eigenvalues; use KFAC)",
-        )
-
-    @property
-    def of_paper(self) -> Cooperation:
-        # The pairs' own second moments take the place of Theorem 3's factors.
-        return "exact"
-
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
-        if partner is None or self.cooperation == "corollary7":
-            side, _ = self._sides(state, layout)
-            ones = state.get("factor_ones", state["values_b"][0, 0])
-            values_a = side.entries(state["values_a"], ones)
-            state["second_moments"] = state["values_b"][:, :, None] * values_a[:, None]
-            return
-        s_a, s_b = state["correlation_a"], state["correlation_b"]
-        for each in (state, partner):
-            shape = (1, each["basis_b"].shape[1], each["basis_a"].shape[1])
-            each["second_moments"] = torch.ones(shape).to(each["basis_a"])
-        state["cross_moments"] = s_b[:, None] * s_a
-
-    def _correct(
-        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
-    ) -> None:
-        pair = self._pair(controls)
-        coupled: dict[str, Tensor] = {}
-        for name, layout in layers.items():
-            if pair is not None and self.cooperation == "corollary7" and name == pair[1]:
-                continue  # the same as its partner's
-            state = new[_anchor(name, controls)]
-            side, basis_b = self._sides(state, layout)
-            part = samples.parts[name]
-            assert isinstance(part, AffineGradients)
-            grads_BGOI = Coordinates(side, basis_b, state["second_moments"]).per_sample(part)
-            self._mix(state, "second_moments", (grads_BGOI**2).mean(0), name)
-            if pair is not None and name in pair:
-                coupled[name] = grads_BGOI
-        if pair is not None and self.cooperation == "exact":
-            state = new[_anchor(pair[0], controls)]
-            O, I = state["cross_moments"].shape  # noqa: E741
-            product = coupled[pair[0]][:, 0, :O, :I] * coupled[pair[1]][:, 0, :O, :I]
-            self._mix(state, "cross_moments", product.mean(0), pair[0])
-
-    def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
-        side, basis_b = self._sides(state, layout)
-        return Coordinates(side, basis_b, 1 / (state["second_moments"] + damping))
-
-    def _together(
-        self, u: State, v: State, layouts: list[Layout], damping: float
-    ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
-        if self.cooperation == "corollary7":
-            return _corollary7(self, u, layouts, u["second_moments"], damping)
-        cross = u["cross_moments"]
-        O, I = cross.shape  # noqa: E741
-        damped = [state["second_moments"] + damping for state in (u, v)]
-        determinant = damped[0][0, :O, :I] * damped[1][0, :O, :I] - cross**2
-        both = []
-        for state, layout, own, other in zip((u, v), layouts, damped, reversed(damped), strict=True):
-            inverse = 1 / own
-            inverse[0, :O, :I] = other[0, :O, :I] / determinant
-            side, basis_b = self._sides(state, layout)
-            both.append(Coordinates(side, basis_b, inverse))
-        return (both[0], both[1]), -cross / determinant
-
-
-def _corollary7(
+def corollary7(
     curvature: KroneckerCurvature, u: State, layouts: list[Layout], values_GOI: Tensor, damping: float
 ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
     """Same input, same output derivative: one eigenbasis, pairs [[l + g, l], [l, l + g]], g the damping.
@@ -509,7 +388,7 @@ def _corollary7(
     The Schur complement's eigenvalue is (l + g) - l^2 / (l + g) (Corollary 7).
     """
     schur = (values_GOI + damping) - values_GOI**2 / (values_GOI + damping)
-    side, basis_b = curvature._sides(u, layouts[0])
+    side, basis_b = curvature.sides(u, layouts[0])
     one = Coordinates(side, basis_b, 1 / schur)
     other = Coordinates(InputSide(side.basis, layouts[1], side.by_channel), basis_b, 1 / schur)
     return (one, other), (-values_GOI / (values_GOI + damping) / schur)[0]
@@ -526,7 +405,7 @@ def value_ratio(values_a: Tensor, values_b: Tensor) -> Tensor:
     return torch.where((mean_a > 0) & (mean_b > 0), mean_a / mean_b, torch.ones_like(mean_a)).sqrt()
 
 
-def _padded(s: Tensor, size: int) -> Tensor:
+def padded(s: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(s, (0, size - len(s)))
 
 
@@ -536,6 +415,6 @@ def _layers(controls: Controls) -> dict[str, Layout]:
     return {name: Layout.of(module) for name, module in player.modules.items() if is_affine(module)}
 
 
-def _anchor(module: str, controls: Controls) -> str:
+def anchor_of(module: str, controls: Controls) -> str:
     """The parameter whose state keeps the module's factors: its first control."""
     return next(name for name in controls.parameters if name.rpartition(".")[0] == module)
