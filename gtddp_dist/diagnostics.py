@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .groups import RecursionGroup
 from .options import Options
-from .sweep import StageReport
+from .sweep import Policy, StageReport, forward_stage
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _GroupFacts:
     gains: Gains
     report: StageReport
     share: float
-    open_v: Tensor | None = None
+    policy: Policy | None = None
     applied_v: Tensor | None = None
 
 
@@ -48,10 +48,10 @@ class StepFacts:
         """Note a player's backward step for one group."""
         self.players.setdefault(player, []).append(_GroupFacts(gains, report, group.share))
 
-    def apply(self, player: int, group: int, applied_v: Tensor, open_v: Tensor) -> None:
-        """Note its forward step: v with the feedback there was, and with none."""
+    def apply(self, player: int, group: int, policy: Policy, applied_v: Tensor) -> None:
+        """Note its forward step: v with the feedback there was."""
         facts = self.players[player][group]
-        facts.applied_v, facts.open_v = applied_v, open_v
+        facts.policy, facts.applied_v = policy, applied_v
 
     def finish(self, groups: Sequence[RecursionGroup], phis: Sequence[Tensor], options: Options) -> None:
         """Note the change at the output: phi of every group at the last cut."""
@@ -83,9 +83,10 @@ class StepFacts:
             H, q = f.gains.gram, f.gains.response
             eigenvalues = torch.linalg.eigvalsh(H)
             low, high = min(low, float(eigenvalues[0])), max(high, float(eigenvalues[-1]))
-            if f.open_v is None or f.applied_v is None:
+            if f.policy is None or f.applied_v is None:
                 continue
-            v, dv = f.open_v, f.applied_v - f.open_v
+            v, _ = forward_stage(f.policy, torch.zeros_like(f.applied_v))  # without feedback
+            dv = f.applied_v - v
             open2 += f.share * float(f.gains.base_norm2 + 2 * q @ v + v @ H @ v)
             feedback2 += f.share * float(dv @ H @ dv)
         figures = {

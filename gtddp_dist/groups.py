@@ -94,6 +94,7 @@ class StepSamples:
         self.micro_batches = micro_batches
         self.factors: dict[Stream, float | Tensor] = {"gradient": factor, "sampled": 1.0, "exact": 1.0}
         self.samples = sum(m.samples for m in micro_batches)
+        self._latest: dict[Stream, tuple[int, PlayerSamples | None]] = {}
 
     def rows_per_sample(self, stream: Stream) -> int:
         """How many cotangents of this stream a sample has."""
@@ -103,7 +104,17 @@ class StepSamples:
         return 1
 
     def of(self, player: Player, stream: Stream) -> PlayerSamples | None:
-        """The player's S for every sample of the step; None where no derivative reached it."""
+        """The player's S for every sample of the step; None where no derivative reached it.
+
+        The last player's is kept, for one stream each: a sweep asks for it several times.
+        """
+        index, latest = self._latest.get(stream, (-1, None))
+        if index != player.index:
+            latest = self._gathered_player(player, stream)
+            self._latest[stream] = (player.index, latest)
+        return latest
+
+    def _gathered_player(self, player: Player, stream: Stream) -> PlayerSamples | None:
         parts = {}
         for name, module in player.modules.items():
             captured = [m.derivatives[stream].get(module) for m in self.micro_batches]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Stream
-from .curvature import Controls, Curvature, Direction, Evidence, Metric
+from .curvature import Controls, Curvature, Evidence, Metric
 from .curvature.base import State, Statistics
 from .diagnostics import Gains, StepFacts
 from .errors import StepError
@@ -191,6 +191,11 @@ class Step:
         if plain:
             controls = self.controls_of(None)
             self._update(controls, plain, {}, self.curvature.statistics(controls, Evidence(plain, None)))
+        if self.curvature.needs_samples:
+            # Factors can be refused: all of them before the first weight changes.
+            for player in self.trajectory.players:
+                if not player.controls().keys() <= self.statistics.keys():
+                    self._new_statistics(player)
         nonlinear = self.options.feedback and self.options.rollout == "nonlinear"
         rows = self.samples.rows_per_sample(self.stream) if self.options.feedback else 1
         phis = [torch.zeros(g.samples * rows, dtype=torch.float64, device=self.device) for g in self.groups]
@@ -201,7 +206,7 @@ class Step:
                 for index, policy in enumerate(self.policies.get(player.index, ())):
                     v, moved = forward_stage(policy, phis[index])
                     weights.append(v)
-                    self.facts.apply(player.index, index, v, forward_stage(policy, torch.zeros_like(moved))[0])
+                    self.facts.apply(player.index, index, policy, v)
                     if not nonlinear:
                         phis[index] = phis[index] + moved
                 self._act(player, weights)
@@ -275,6 +280,3 @@ class BaseStep:
 
 def _dot(x: Grads, y: Grads) -> Tensor:
     return torch.stack([(x[name] * y[name]).sum().double() for name in x]).sum()
-
-
-__all__ = ["BaseStep", "Direction", "Step"]

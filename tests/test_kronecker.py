@@ -84,6 +84,29 @@ def test_a_failed_decomposition_keeps_the_basis_is_logged_and_at_last_an_error(
     assert int(optimizer.state[anchor]["basis_failures"]) == 0
 
 
+@pytest.mark.parametrize("options", [{"gauss_newton_weight": 0.0}, {"metric": "previous"}], ids=str)
+def test_a_refused_factor_changes_nothing_whenever_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Where statistics are made with the update, those of the last player still come before the first one's update."""
+    model = NET.model()
+    optimizer = GTDDP(model, curvature.KFAC(basis_every=1, max_basis_failures=0), cooperation="none", **options)
+    step(model, optimizer)
+    original, last = factors.eigenbasis, optimizer.state[model.get_parameter("head.weight")]["factor_a"].shape
+
+    def fail_at_the_last(factor: Tensor) -> tuple[Tensor, Tensor]:
+        if factor.shape == last:
+            raise torch.linalg.LinAlgError("made to fail")
+        return original(factor)
+
+    monkeypatch.setattr(factors, "eigenbasis", fail_at_the_last)
+    before, state = weights(model), copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(CurvatureError, match="module 'head'"):
+        step(model, optimizer, 1)
+    assert torch.equal(weights(model), before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+
+
 def test_single_precision_that_does_not_converge_is_done_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
     original = torch.linalg.eigh
 
@@ -179,6 +202,8 @@ def test_the_default_cooperates_where_it_can() -> None:
     assert GTDDP(NET.model(), curvature.KFAC()).curvature.cooperation == "exact"  # type: ignore[attr-defined]
     by_channel = curvature.KFAC(factors="spatially_uncorrelated")
     assert GTDDP(NET.model(), by_channel).curvature.cooperation == "none"  # type: ignore[attr-defined]
+    own = GTDDP(NET.model(), curvature.KFAC(cooperation="none")).curvature
+    assert own.cooperation == "none"  # type: ignore[attr-defined]
     ends = []
     for cooperation in (None, "none"):  # a grouped convolution cannot
         model = ALL_NETS["grouped_projection"].model()

@@ -81,7 +81,7 @@ class Layout:
     def positions(self, part: AffineGradients) -> tuple[Tensor, Tensor]:
         """x_BGLI, with the ones of a bias, and y_BGLO."""
         if not self.channels:
-            _, y_BGLO = part.positions_of_output()
+            y_BGLO = part.output_positions()
             return torch.ones_like(y_BGLO[..., :1]), y_BGLO
         x_BGLI, y_BGLO = part.positions()
         if self.bias:

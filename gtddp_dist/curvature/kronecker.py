@@ -74,8 +74,8 @@ class KroneckerCurvature(Curvature):
     fisher: Literal["empirical", "sampled"] = "empirical"
     max_factor_dim: int = 8192
     max_basis_failures: int = 3
-    cooperation: Cooperation = field(default="none", repr=False)
-    """Set by the optimizer, from its option of that name."""
+    cooperation: Cooperation | None = field(default=None, repr=False)
+    """The optimizer's option of that name goes before it."""
     lenient: bool = field(default=False, repr=False)
     """Players that cannot cooperate do not, rather than being refused (the optimizer's default)."""
 
@@ -92,7 +92,7 @@ class KroneckerCurvature(Curvature):
         check(self.factors in choices, "factors", self.factors, "one of " + ", ".join(map(repr, choices)))
         check(self.fisher in ("empirical", "sampled"), "fisher", self.fisher, "'empirical' or 'sampled'")
         check(
-            self.cooperation == "none" or self.factors != "spatially_uncorrelated",
+            self.cooperation in (None, "none") or self.factors != "spatially_uncorrelated",
             "factors",
             self.factors,
             f"'unfolded' or 'reduced' with cooperation={self.cooperation!r} (cross factors join two layers' patches)",
@@ -114,8 +114,9 @@ class KroneckerCurvature(Curvature):
         return "theorem3"
 
     def cooperating(self, cooperation: Cooperation | None) -> KroneckerCurvature:
+        chosen = cooperation or self.cooperation
         default: Cooperation = "none" if self.factors == "spatially_uncorrelated" else "exact"
-        return replace(self, cooperation=cooperation or default, lenient=cooperation is None)
+        return replace(self, cooperation=chosen or default, lenient=chosen is None)
 
     # ------------------------------------------------------------------------------------------------------
     # Which layers there are, and which cooperate
@@ -140,7 +141,7 @@ class KroneckerCurvature(Curvature):
     def pair(self, controls: Controls) -> tuple[str, str] | None:
         """The modules u and v that cooperate in this player, if any."""
         player = cast(Player, controls.player)
-        if self.cooperation == "none" or not player.shortcut:
+        if self.cooperation in (None, "none") or not player.shortcut:
             return None
         layers = _layers(controls)
         main = [name for name in layers if name not in player.shortcut]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import SampleGradients, Scale, gram_of
 
@@ -51,12 +51,12 @@ class AffineGradients(SampleGradients):
 
     def _bias_grads(self) -> Tensor:
         """Per-sample gradient of the bias, shape (B, outputs)."""
-        _, y_BGLO = self.positions_of_output()
+        y_BGLO = self.output_positions()
         return y_BGLO.sum(2).flatten(1)
 
-    def positions_of_output(self) -> tuple[None, Tensor]:
+    def output_positions(self) -> Tensor:
         """Only y_BGLO of :meth:`positions`."""
-        return None, self.positions()[1]
+        return self.positions()[1]
 
     def per_sample(self) -> dict[str, Tensor]:
         grads = {}
@@ -86,11 +86,11 @@ class LinearGradients(AffineGradients):
 
     def positions(self) -> tuple[Tensor, Tensor]:
         B, I = self.inputs.shape[0], self.inputs.shape[-1]  # noqa: E741
-        return self.inputs.reshape(B, 1, -1, I), self.positions_of_output()[1]
+        return self.inputs.reshape(B, 1, -1, I), self.output_positions()
 
-    def positions_of_output(self) -> tuple[None, Tensor]:
+    def output_positions(self) -> Tensor:
         y = self.output_grads * self.factor
-        return None, y.reshape(y.shape[0], 1, -1, y.shape[-1])
+        return y.reshape(y.shape[0], 1, -1, y.shape[-1])
 
     def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
         x_BGLI, y_BGLO = self.positions()
@@ -110,6 +110,3 @@ class LinearGradients(AffineGradients):
         if "bias" in self.controls:
             along = along + direction["bias"]
         return (along * y_BGLO).flatten(1).sum(1)
-
-
-__all__ = ["AffineGradients", "GramPath", "LinearGradients", "cheapest_gram_path", "nn"]

@@ -54,11 +54,11 @@ class ConvGradients(AffineGradients):
         conv = self.module
         x_BIL = unfold(self.inputs, conv.kernel_size, conv.stride, self._padding, conv.dilation)
         x_BGIL = x_BIL.reshape(x_BIL.shape[0], conv.groups, -1, x_BIL.shape[-1])
-        return x_BGIL.mT, self.positions_of_output()[1]
+        return x_BGIL.mT, self.output_positions()
 
-    def positions_of_output(self) -> tuple[None, Tensor]:
+    def output_positions(self) -> Tensor:
         y = self.output_grads * self.factor
-        return None, y.reshape(y.shape[0], self.module.groups, -1, y.shape[2:].numel()).mT
+        return y.reshape(y.shape[0], self.module.groups, -1, y.shape[2:].numel()).mT
 
     def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
         conv = self.module
