@@ -10,6 +10,7 @@ A micro-batch counts once a backward pass has reached it; a forward without one 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -155,8 +156,6 @@ class Capture:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Capture:
         # A copy of the model (for averaging, say) must not feed this optimizer: its hooks do nothing.
-        import copy
-
         copied = Capture(
             copy.deepcopy(self.model, memo),
             self.trajectory,

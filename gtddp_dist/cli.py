@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(words, check_only=arguments.check)
     except errors.UserError as error:
         print(f"gtddp: error: {error}", file=sys.stderr)
-        return errors.BAD_INPUT
+        return error.exit_code
 
 
 def _train(words: list[str], *, check_only: bool) -> int:

@@ -23,8 +23,10 @@ REQUEUE: Final = 75
 class UserError(Exception):
     """Bad input. The message says what was wrong, where, and what to do.
 
-    The command line prints it without a traceback and exits with `BAD_INPUT`.
+    The command line prints it without a traceback and exits with `exit_code`.
     """
+
+    exit_code: int = BAD_INPUT
 
 
 class ConfigError(UserError):
@@ -44,4 +46,9 @@ class StepError(UserError, RuntimeError):
 
 
 class CurvatureError(UserError, ArithmeticError):
-    """A curvature estimate that cannot be used: factors that are not finite, decompositions that keep failing."""
+    """A curvature estimate that cannot be used: factors that are not finite, decompositions that keep failing.
+
+    Training has failed; the input need not be wrong.
+    """
+
+    exit_code = FAILED

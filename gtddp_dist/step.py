@@ -7,13 +7,14 @@ one step's working data; nothing of it outlives the step, unless it is inspected
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from .buffers import unchanged_buffers
 from .capture import Stream
 from .curvature import Controls, Curvature, Evidence, Metric
 from .curvature.base import State, Statistics
@@ -199,7 +200,7 @@ class Step:
         nonlinear = self.options.feedback and self.options.rollout == "nonlinear"
         rows = self.samples.rows_per_sample(self.stream) if self.options.feedback else 1
         phis = [torch.zeros(g.samples * rows, dtype=torch.float64, device=self.device) for g in self.groups]
-        with self._second_forward() if nonlinear else contextlib.nullcontext():
+        with unchanged_buffers(self.model) if nonlinear else contextlib.nullcontext():
             lives = [m.live[0] for m in self.samples.micro_batches] if nonlinear else []
             for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
                 weights = []
@@ -258,16 +259,6 @@ class Step:
             parts.append(phi * self.samples.factors[self.stream])
         phi_N = torch.cat(parts)
         return [phi_N[group.rows_of(rows)] for group in self.groups]
-
-    @contextlib.contextmanager
-    def _second_forward(self) -> Iterator[None]:
-        """A forward pass that leaves the model's buffers (running statistics) as they were."""
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        try:
-            yield
-        finally:
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
 
 
 @dataclass(frozen=True)

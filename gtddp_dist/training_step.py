@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from .buffers import copy_buffers, restore_buffers, unchanged_buffers
 from .config_schema import TrainConfig
 from .data import network_input
 
@@ -89,7 +90,7 @@ class TrainingStep:
     def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
         """One step on images (B, C, H, W) and labels (B,), in training mode."""
         self._model.train()
-        buffers = _copies(self._model)
+        buffers = copy_buffers(self._model)
         self._optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=labels.device)
         correct = torch.zeros((), dtype=torch.int64, device=labels.device)
@@ -101,7 +102,7 @@ class TrainingStep:
         mean_loss = float(loss)
         taken = self._update(math.isfinite(mean_loss))
         if not taken:
-            _write_back(self._model, buffers)  # a NaN in the images is in the BatchNorm statistics by now
+            restore_buffers(self._model, buffers)  # a NaN in the images is in the BatchNorm statistics by now
         return StepResult(mean_loss, int(correct), refused=not taken)
 
     def loss_now(self, images: Tensor, labels: Tensor) -> float:
@@ -162,26 +163,6 @@ def evaluate(
             correct += int((logits.argmax(dim=1) == theirs).sum())
     model.train(training)
     return {"val/loss": loss / len(labels), "val/accuracy": correct / len(labels)}
-
-
-@contextlib.contextmanager
-def unchanged_buffers(model: nn.Module) -> Iterator[None]:
-    """Gives the model's buffers (the running statistics of BatchNorm) their values back at the end of the block."""
-    copies = _copies(model)
-    try:
-        yield
-    finally:
-        _write_back(model, copies)
-
-
-def _copies(model: nn.Module) -> list[Tensor]:
-    return [buffer.clone() for buffer in model.buffers()]
-
-
-def _write_back(model: nn.Module, copies: list[Tensor]) -> None:
-    with torch.no_grad():
-        for buffer, copy in zip(model.buffers(), copies, strict=True):
-            buffer.copy_(copy)
 
 
 def _unchanged_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from nets import ALL_NETS, NETS
 from torch import Tensor, nn
 
 from gtddp_dist import GTDDP, curvature
+from gtddp_dist.cli import main
 from gtddp_dist.curvature import factors
-from gtddp_dist.errors import CurvatureError, OptionError
+from gtddp_dist.errors import FAILED, CurvatureError, OptionError
 
 NET = NETS["small_resnet"]
 
@@ -227,3 +229,15 @@ def test_a_dead_layer_does_not_stop_training() -> None:
             F.cross_entropy(trained(torch.randn(8, 4)), torch.randint(3, (8,))).backward()
             optimizer.step()
         assert torch.isfinite(weights(trained)).all() and optimizer.steps == 3
+
+
+def test_a_curvature_that_fails_is_a_failed_run_not_bad_input(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError("made to fail")
+
+    monkeypatch.setattr(factors, "eigenbasis", fail)
+    quiet = ["log.progress=false", "log.tensorboard=false", f"run.dir={tmp_path / 'run'}"]
+    assert main(["train", "digits-ekfac", "train.steps=2", *quiet]) == FAILED
+    assert "gtddp: error: module 'classifier'" in capsys.readouterr().err
