@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -43,6 +43,7 @@ class MicroBatch:
         live: for each cut, its live values, detached; empty unless states are kept.
         versions: for each cut, the version counters of its live tensors when they were kept.
         context: autocast and random state of the forward pass, to run it again; None unless states are kept.
+        edges: where in the graph curvature cotangents are to be known, until they are.
     """
 
     samples: int
@@ -51,6 +52,7 @@ class MicroBatch:
     live: list[tuple[LiveValue, ...]] = field(default_factory=list)
     versions: list[list[int]] = field(default_factory=list)
     context: ForwardContext | None = None
+    edges: dict[Place, GradientEdge] = field(default_factory=dict)
 
 
 @dataclass
@@ -122,9 +124,10 @@ class Capture:
         self.attached = False
         self._micro_batches: list[MicroBatch] = []
         self._open: MicroBatch | None = None
+        self.latest: MicroBatch | None = None
+        """That of the latest forward pass that counts."""
         self._samples_seen = 0
         self._in_cotangent_pass = False
-        self._edges: dict[Place, GradientEdge] = {}
         self._hidden: dict[nn.Module, list[nn.Parameter]] = {}
         self._handles: list[RemovableHandle] = []
         self._anchor = torch.zeros((), requires_grad=True)
@@ -176,6 +179,7 @@ class Capture:
         """Forget everything captured."""
         self._micro_batches = []
         self._samples_seen = 0
+        self.latest = None
 
     # ------------------------------------------------------------------------------------------------------
     # Forward
@@ -187,9 +191,12 @@ class Capture:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
         if not tensors:
             raise ModelError("the model was called without a tensor argument: the number of samples is unknown")
-        self._open = MicroBatch(tensors[0].shape[0])
+        self.latest = self._open = MicroBatch(tensors[0].shape[0])
         if self.keep_states:
             self._open.context = ForwardContext.now(tensors[0].device)
+        elif self.cotangents and not self.trajectory.first:
+            for position, tensor in floating_tensors(args):
+                self._open.edges[0, position] = get_gradient_edge(tensor)
 
     def _hide_parameters(self, module: nn.Module, args: object) -> None:
         """The module's weight gradient is formed later, weighted: autograd need not form the plain one."""
@@ -238,13 +245,12 @@ class Capture:
         tensor.register_hook(keep)
         if self.cotangents:
             # Now: an in-place activation after the module will make `tensor` another node of the graph.
-            self._edges[place] = get_gradient_edge(tensor)
+            micro_batch.edges[place] = get_gradient_edge(tensor)
 
     def _after_forward(self, model: nn.Module, args: object, output: object) -> None:
         for module in list(self._hidden):  # the forward stopped half-way with an error
             self._show_parameters(module)
         micro_batch, self._open = self._open, None
-        edges, self._edges = self._edges, {}
         if micro_batch is None or output is None:
             return
         for cut, (live, versions) in enumerate(zip(micro_batch.live, micro_batch.versions, strict=True)):
@@ -254,30 +260,42 @@ class Capture:
                         f"live tensor '{self._live_name(cut, position)}' at cut {cut} was changed in place by a later "
                         "stage; the nonlinear rollout still needs it: use inplace=False there"
                     )
-        for stream, make in self.cotangents.items():
-            self._pull_back(micro_batch, output, edges, stream, make)
+        if self.trajectory.last and self.cotangents:
+            for stream, make in self.cotangents.items():
+                if not isinstance(output, Tensor) or output.ndim != 2:
+                    raise ModelError(
+                        f"terminal='{stream}' needs a model that returns logits of shape (samples, classes)"
+                    )
+                with torch.autocast(output.device.type, enabled=False):
+                    made = make(output.detach(), self._samples_seen).to(output.dtype)
+                self.pull_back(micro_batch, stream, [output], [[cotangent] for cotangent in made])
+            micro_batch.edges.clear()
         self._samples_seen += micro_batch.samples
 
-    def _pull_back(
+    def pull_back(
         self,
         micro_batch: MicroBatch,
-        output: object,
-        edges: dict[Place, GradientEdge],
         stream: Stream,
-        make: Cotangents,
+        outputs: Sequence[Tensor],
+        cotangents: Iterable[Sequence[Tensor]],
     ) -> None:
-        """Vector-Jacobian products of curvature cotangents: backward passes that form no weight gradient."""
-        if not isinstance(output, Tensor) or output.ndim != 2:
-            raise ModelError(f"terminal='{stream}' needs a model that returns logits of shape (samples, classes)")
+        """Vector-Jacobian products of curvature cotangents: backward passes that form no weight gradient.
+
+        Args:
+            micro_batch: whose.
+            stream: the stream that they are of.
+            outputs: the tensors at the end of the trajectory, with their graph.
+            cotangents: K times a cotangent for each of these.
+        """
         products: dict[Place, list[Tensor]] = {}
         self._in_cotangent_pass = True
         try:
-            with torch.autocast(output.device.type, enabled=False):
-                for cotangent in make(output.detach(), self._samples_seen).to(output.dtype):
+            with torch.autocast(outputs[0].device.type, enabled=False):
+                for cotangent in cotangents:
                     pulled = torch.autograd.grad(
-                        output, list(edges.values()), cotangent, retain_graph=True, allow_unused=True
+                        outputs, list(micro_batch.edges.values()), cotangent, retain_graph=True, allow_unused=True
                     )
-                    for place, product in zip(edges, pulled, strict=True):
+                    for place, product in zip(micro_batch.edges, pulled, strict=True):
                         if product is not None:
                             products.setdefault(place, []).append(product.detach())
         finally:

@@ -248,12 +248,36 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)
 class ParallelConfig:
-    """Ranks. This version trains in one process, so both must be 1."""
+    """Ranks, as a grid of pipe times data."""
 
     pipe: PositiveInt = 1
     """Segments the network is cut into, one a rank."""
     data: PositiveInt = 1
     """Replicas, each with its share of the batch."""
+    cuts: IntList | None = None
+    """First stage of every segment but the first, in increasing order; null: balanced by counted work."""
+    sync_batch_norm: bool = False
+    """BatchNorm over a micro-batch of all replicas, in place of each replica's own."""
+    zero: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: replicas share out the state of a base optimizer (DeepSpeed's ZeRO-1)."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries tensors between ranks; auto: nccl on GPUs, else gloo."""
+    lost_after_s: Annotated[float, Field(ge=5, le=3600)] = 30.0
+    """Seconds without a sign of life after which a rank is taken for lost, and the run ends."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
+class PlanConfig:
+    """What `gtddp plan` assumes of the machine."""
+
+    costs: FolderName | None = None
+    """File of measured costs (a run's costs.json); null: counted from the network."""
+    tflops: PositiveFloat = 10.0
+    """Counted costs: floating-point operations a rank does in a second, in units of 10^12."""
+    bandwidth: PositiveFloat = 10.0
+    """Gigabytes that a link between two ranks carries in a second."""
+    latency_us: NonNegativeFloat = 20.0
+    """Microseconds that a message takes besides."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)
@@ -270,6 +294,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -294,6 +319,7 @@ GROUPS: Mapping[str, type] = {
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
     "parallel": ParallelConfig,
+    "plan": PlanConfig,
 }
 """Group name -> its dataclass, in the order of `Config`."""
 
@@ -318,12 +344,7 @@ def consistency_problems(config: Config) -> Iterator[Problem]:
     yield from _optimizer_problems(config)
     if config.model.channels is not None and len(config.model.channels) != config.model.blocks:
         yield Problem(("model.channels", "model.blocks"), "model.channels needs one number for each block")
-    for name, size in (("pipe", config.parallel.pipe), ("data", config.parallel.data)):
-        if size > 1:
-            yield Problem(
-                (f"parallel.{name}",),
-                "this version trains in one process; train.replica_groups emulates data-parallel replicas",
-            )
+    yield from _grid_problems(config)
 
 
 def _unused_options(
@@ -339,17 +360,39 @@ def _unused_options(
             )
 
 
+def _grid_problems(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    if parallel.data > 1 and config.train.replica_groups > 1:
+        yield Problem(
+            ("parallel.data", "train.replica_groups"),
+            "replicas are ranks (parallel.data) or emulated in one process (train.replica_groups), not both",
+        )
+    if parallel.cuts is not None:
+        if len(parallel.cuts) != parallel.pipe - 1:
+            yield Problem(("parallel.cuts", "parallel.pipe"), f"{parallel.pipe} segments need {parallel.pipe - 1} cuts")
+        if list(parallel.cuts) != sorted(set(parallel.cuts)):
+            yield Problem(("parallel.cuts",), "expected stages in increasing order, each once")
+    if parallel.zero and not config.optimizer.name.startswith(("sgd", "rmsprop", "adam")):
+        yield Problem(
+            ("parallel.zero", "optimizer.name"),
+            f"{config.optimizer.name} needs all of a layer's state in every replica (the sweep's metric is made of "
+            "it): ZeRO-1 is for the base optimizers sgd, rmsprop, adam and adamw",
+        )
+
+
 def _batch_problems(config: Config) -> Iterator[Problem]:
     train, scope = config.train, config.optimizer.scope
-    parts = train.micro_batches * train.replica_groups
+    replicas = config.parallel.data * train.replica_groups
+    parts = train.micro_batches * replicas
     if train.batch_size % parts:
+        name = "data" if config.parallel.data > 1 else "replica_groups"
         yield Problem(
-            ("train.batch_size", "train.micro_batches", "train.replica_groups"),
-            f"train.batch_size must be a multiple of micro_batches * replica_groups = {parts}",
+            ("train.batch_size", "train.micro_batches", "train.replica_groups", "parallel.data"),
+            f"train.batch_size must be a multiple of micro_batches * {name} = {parts}",
         )
     elif isinstance(scope, int) and (train.batch_size // parts) % scope:
         yield Problem(
-            ("optimizer.scope", "train.batch_size", "train.micro_batches", "train.replica_groups"),
+            ("optimizer.scope", "train.batch_size", "train.micro_batches", "train.replica_groups", "parallel.data"),
             f"a number as optimizer.scope must divide the micro-batch of {train.batch_size // parts} samples",
         )
 

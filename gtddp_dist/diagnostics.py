@@ -53,6 +53,14 @@ class StepFacts:
         facts = self.players[player][group]
         facts.policy, facts.applied_v = policy, applied_v
 
+    def join(self, other: StepFacts) -> None:
+        """Take in the facts of another part of the step."""
+        for player, facts in other.players.items():
+            self.players.setdefault(player, []).extend(facts)
+        if other.predicted_decrease is not None:
+            before = 0.0 if self.predicted_decrease is None else self.predicted_decrease
+            self.predicted_decrease = before + other.predicted_decrease
+
     def finish(self, groups: Sequence[RecursionGroup], phis: Sequence[Tensor], options: Options) -> None:
         """Note the change at the output: phi of every group at the last cut."""
         if options.stream != "gradient" or not self.players:

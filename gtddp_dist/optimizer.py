@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from .capture import Capture, Cotangents, MicroBatch, Stream
+from .collectives import ALONE, Collectives
 from .curvature import Controls, Curvature
 from .diagnostics import StepFacts
 from .errors import OptionError, StepError
-from .groups import StepSamples, recursion_groups
+from .groups import RecursionGroup, StepSamples, recursion_groups
 from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .options import PAPER, Options
 from .step import Step
+from .sweep import Value
 from .terminal import exact_cotangents, sampled_cotangents
 from .tracing import Projection, trace
-from .trajectory import Player, from_stages
+from .trajectory import Player, Trajectory, from_stages
 
 
 class GTDDP(torch.optim.Optimizer):
@@ -38,6 +40,7 @@ class GTDDP(torch.optim.Optimizer):
         curvature: the base optimizer: ``curvature.SGD``, ``RMSprop``, ``Adam``, ``AdamW``.
         param_groups: as torch's; every trainable parameter of the model in exactly one. None: one group.
         stages: the stages by hand, for a model that cannot be traced: modules that take and return live tensors.
+        trajectory: one that is traced already; of a rank of several, its segment of it.
         plain_modules: names of modules whose parameters get the base update without feedback.
         plain_parameters: names of single parameters that do, while their module is traced through.
         projection: "cooperative": a projection shortcut joins the last player of its main path; "separate": it is a
@@ -61,6 +64,7 @@ class GTDDP(torch.optim.Optimizer):
         *,
         param_groups: Iterable[dict[str, object]] | None = None,
         stages: Sequence[nn.Module] | None = None,
+        trajectory: Trajectory | None = None,
         plain_modules: Collection[str] = (),
         plain_parameters: Collection[str] = (),
         projection: Projection = "cooperative",
@@ -78,7 +82,9 @@ class GTDDP(torch.optim.Optimizer):
                 "fisher='sampled' and statistics='value' exclude each other: factors are made of sampled labels or of "
                 "the value function"
             )
-        if stages is None:
+        if trajectory is not None:
+            self.trajectory = trajectory
+        elif stages is None:
             self.trajectory = trace(model, plain_modules, plain_parameters, projection)
         elif projection != "cooperative":
             raise OptionError(f"projection={projection!r} with stages=[...]: the stages say who decides together")
@@ -102,6 +108,8 @@ class GTDDP(torch.optim.Optimizer):
         """Steps refused for a non-finite gradient, in all."""
         self.skipped_in_a_row = 0
         """Steps refused since the last one taken."""
+        self.first_sample = 0
+        """Index, within the step, of this process's first sample: it keys the sampled labels."""
         self._grad_scaler = grad_scaler
         self._inspect = inspect
         self._inspector: Inspector | None = None
@@ -124,7 +132,9 @@ class GTDDP(torch.optim.Optimizer):
     def _cotangents(self) -> dict[Stream, Cotangents]:
         """Streams besides the loss gradient that the sweep or the curvature needs."""
         make: dict[Stream, Cotangents] = {
-            "sampled": lambda logits, first: sampled_cotangents(logits, self.options.seed, self.steps, first),
+            "sampled": lambda logits, first: sampled_cotangents(
+                logits, self.options.seed, self.steps, self.first_sample + first
+            ),
             "exact": lambda logits, first: exact_cotangents(logits),
         }
         needed = {self.options.stream} if self.options.feedback else set()
@@ -176,31 +186,78 @@ class GTDDP(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         micro_batches = self._capture.take()
-        self._check(micro_batches)
+        self.check(micro_batches)
         loss_scale = self._loss_scale()
         sizes = [m.samples for m in micro_batches]
         groups = recursion_groups(sizes, self.options.scope, self.options.replica_groups, self.options.loss_reduction)
-        sign = -1.0 if self.param_groups[0].get("maximize", False) else 1.0
-        per_sample = (sum(sizes) if self.options.loss_reduction == "mean" else 1.0) * sign
-        work = Step(
+        samples = sum(sizes) if self.options.loss_reduction == "mean" else 1
+        work = self.new_step(micro_batches, groups, samples, loss_scale)
+        self.fill_gradients(work)
+        if not (self.is_finite(work) and not self._found_inf()):
+            return self.refuse(loss)
+        if self.options.feedback and not values_finite(work.backward()):
+            return self.refuse(loss)
+        work.forward()
+        self.finish(work)
+        return loss
+
+    # ------------------------------------------------------------------------------------------------------
+    # Its parts, which a rank of several calls by itself
+
+    @property
+    def capture(self) -> Capture:
+        """What the hooks remember."""
+        return self._capture
+
+    def new_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        groups: list[RecursionGroup],
+        samples: int,
+        loss_scale: float | Tensor = 1.0,
+        ranks: Collectives = ALONE,
+    ) -> Step:
+        """The working data of a step.
+
+        Args:
+            micro_batches: what was captured, of the whole step or of a part of it.
+            groups: their recursion groups.
+            samples: by how many the loss of a sample was divided, over all ranks and micro-batches.
+            loss_scale: by what it was multiplied.
+            ranks: the other replicas and segments.
+        """
+        return Step(
             self._model,
             self.trajectory,
             self.options,
             self.curvature,
             self._controls,
-            StepSamples(micro_batches, per_sample / loss_scale),
+            StepSamples(micro_batches, samples * self._sign / loss_scale),
             groups,
             self._device,
+            ranks,
             inspect=self._inspect,
         )
-        self._fill_gradients(work, sign)
-        if not self._finite(micro_batches, work.grads):
-            return self._refuse(loss)
-        if self.options.feedback:
-            work.backward()
-            if not _all_finite([v.curvature.sum() + v.slope.sum() for v in work.values[0]]):
-                return self._refuse(loss)
-        work.forward()
+
+    @property
+    def _sign(self) -> float:
+        return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
+
+    def is_finite(self, work: Step) -> bool:
+        """Whether all that was captured, and the gradient, is finite. Waits for the device."""
+        derivatives = [
+            d for m in work.samples.micro_batches for stream in m.derivatives.values() for d in stream.values()
+        ]
+        return _all_finite([*derivatives, *work.grads.values()])
+
+    def refuse(self, loss: float | None = None) -> float | None:
+        """Count a step that was not taken; returns ``loss``."""
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        return loss
+
+    def finish(self, work: Step) -> None:
+        """Count a step that was taken, and keep what can be asked of it."""
         self.steps += 1
         self.skipped_in_a_row = 0
         self._facts = work.facts
@@ -214,9 +271,9 @@ class GTDDP(torch.optim.Optimizer):
                 work.base_steps,
                 work.stream,
             )
-        return loss
 
-    def _check(self, micro_batches: Sequence[MicroBatch]) -> None:
+    def check(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Refuse a step that cannot be taken (see :meth:`step`)."""
         if not self._capture.attached:
             raise StepError("step() of a GTDDP whose hooks are off: a newer GTDDP was built on the same model")
         for name, parameter in self._parameters.items():
@@ -242,14 +299,17 @@ class GTDDP(torch.optim.Optimizer):
             raise StepError("GradScaler.unscale_ was called before step(): give GTDDP(grad_scaler=scaler)")
         return self._grad_scaler.get_scale()
 
-    def _fill_gradients(self, work: Step, sign: float) -> None:
-        """The step's mean gradient by parameter name, clipped; left out where it is formed with the correction."""
+    def fill_gradients(self, work: Step) -> None:
+        """The step's mean gradient by parameter name, clipped; left out where it is formed with the correction.
+
+        With several ranks the gradient is summed over replicas, and clipped by its norm over all segments.
+        """
         grads: dict[str, Tensor] = {}
         weighted = self.options.capture == "weighted"
         for name in self.trajectory.plain_parameters if weighted else self._parameters:
             grad = self._parameters[name].grad
             if grad is not None:
-                grads[name] = grad if sign > 0 else -grad
+                grads[name] = grad if self._sign > 0 else -grad
         if not weighted:
             for player in self.trajectory.players:
                 for name in player.controls().keys() - grads.keys():
@@ -264,10 +324,14 @@ class GTDDP(torch.optim.Optimizer):
                 samples = work.samples.of(player, "gradient")
                 if samples is not None and not work.absorbs(player):
                     grads.update(samples.weighted(work.mean_weights()))
-        if not weighted and len(work.groups) > 1 and self.options.feedback:
+        if not weighted and len(work.groups) > 1 and self.options.feedback and work.ranks is ALONE:
             work.clip = self._user_factor(work, grads)
+        if work.ranks.replicas > 1:
+            grads = dict(zip(grads, work.ranks.sum_over_replicas(list(grads.values())), strict=True))
         if self.options.clip_norm is not None:
             norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
+            if work.ranks is not ALONE:
+                norm = work.ranks.sum_over_segments(norm.double() ** 2).sqrt().to(norm.dtype)
             factor = (self.options.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
             grads = {name: grad * factor for name, grad in grads.items()}
             work.clip = work.clip * factor
@@ -311,16 +375,8 @@ class GTDDP(torch.optim.Optimizer):
             player,
         )
 
-    def _finite(self, micro_batches: Sequence[MicroBatch], grads: Mapping[str, Tensor]) -> bool:
-        if hasattr(self, "found_inf") and bool(self.found_inf):
-            return False
-        derivatives = [d for m in micro_batches for stream in m.derivatives.values() for d in stream.values()]
-        return _all_finite([*derivatives, *grads.values()])
-
-    def _refuse(self, loss: float | None) -> float | None:
-        self.skipped_steps += 1
-        self.skipped_in_a_row += 1
-        return loss
+    def _found_inf(self) -> bool:
+        return hasattr(self, "found_inf") and bool(self.found_inf)
 
     # ------------------------------------------------------------------------------------------------------
     # Looking at it
@@ -372,6 +428,11 @@ class GTDDP(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"GTDDP({self.curvature!r}, {asdict(self.options)}, players={len(self.trajectory.stages)})"
+
+
+def values_finite(values: Sequence[Value]) -> bool:
+    """Whether the value functions at a cut are; where the first one's are, all were. Waits for the device."""
+    return _all_finite([v.curvature.sum() + v.slope.sum() for v in values])
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -6,7 +6,6 @@ one step's working data; nothing of it outlives the step, unless it is inspected
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from .buffers import unchanged_buffers
 from .capture import Stream
+from .collectives import ALONE, Collectives
 from .curvature import Controls, Curvature, Evidence, Metric
 from .curvature.base import State, Statistics
 from .diagnostics import Gains, StepFacts
@@ -31,7 +31,10 @@ Grads = dict[str, Tensor]
 
 @dataclass
 class Step:
-    """One step's working data.
+    """One step's working data on one rank: of its micro-batches, or of one of them.
+
+    In one process :meth:`backward` and :meth:`forward` are the step. A rank of several takes them apart: value
+    functions and feedback come from its neighbours, and the parts run when their messages are there.
 
     Attributes:
         model: whose buffers a second forward pass must leave alone.
@@ -39,12 +42,15 @@ class Step:
         controls_of: a player's controls, or with None those of the parameters that belong to none.
         samples: the captured micro-batches, player by player.
         groups: the recursion groups.
+        ranks: the other replicas and segments.
         grads: the step's mean gradient by parameter name, clipped; of some players it is formed with the correction.
         clip: factor by which the gradient was clipped.
         inspect: keep what explicit policies need.
         statistics: new curvature statistics by parameter name, not yet in force.
+        gains: player index -> what it brings to each group's recursion, where that is known before the sweep.
         policies: player index -> one policy a group.
         values: for each cut, one value a group.
+        weights: player index -> every group's v, one after another, to be averaged over the groups.
         base_steps: player index -> each group's R^-1 p and metric (only for inspection).
         facts: what diagnostics are made of.
     """
@@ -57,12 +63,15 @@ class Step:
     samples: StepSamples
     groups: list[RecursionGroup]
     device: torch.device
+    ranks: Collectives = ALONE
     grads: Grads = field(default_factory=dict)
     clip: float | Tensor = 1.0
     inspect: bool = False
     statistics: dict[str, State] = field(default_factory=dict)
+    gains: dict[int, list[Gains]] = field(default_factory=dict)
     policies: dict[int, list[Policy]] = field(default_factory=dict)
     values: dict[int, list[Value]] = field(default_factory=dict)
+    weights: dict[int, Tensor] = field(default_factory=dict)
     base_steps: dict[int, list[BaseStep]] = field(default_factory=dict)
     facts: StepFacts = field(default_factory=StepFacts)
 
@@ -70,6 +79,16 @@ class Step:
     def stream(self) -> Stream:
         """The stream whose derivatives are the rows of S."""
         return self.options.stream
+
+    @property
+    def rows(self) -> int:
+        """Rows of S that a sample has."""
+        return self.samples.rows_per_sample(self.stream) if self.options.feedback else 1
+
+    @property
+    def one_group(self) -> bool:
+        """Whether one recursion goes over all samples of the step, those of other ranks and micro-batches included."""
+        return len(self.groups) == 1 and self.groups[0].share == 1
 
     def absorbs(self, player: Player) -> bool:
         """Whether one weighted gradient serves the base step and the correction of this player."""
@@ -89,37 +108,70 @@ class Step:
     # ------------------------------------------------------------------------------------------------------
     # Backward
 
-    def backward(self) -> None:
-        """Value functions from the output to the input, a policy for every player on the way (Eq. 13-19)."""
-        options = self.options
+    def terminal(self) -> list[Value]:
+        """The value function at the output, for every group (Prop. 5 and 6)."""
         like = torch.zeros((), dtype=torch.float64, device=self.device)
-        rows = self.samples.rows_per_sample(self.stream)
-        by_sample = options.value_hessian == "block_diagonal"
-        values = [
-            terminal_value(g.samples * rows, g.weight, options.rho(g.samples), by_sample and rows == 1, like)
+        diagonal = self._by_sample and self.rows == 1
+        return [
+            terminal_value(g.samples * self.rows, g.weight, self.options.rho(g.samples), diagonal, like)
             for g in self.groups
         ]
+
+    def prepare(self) -> None:
+        """Gram matrices of all players, where the sweep's metric does not depend on this step."""
+        for player in self.trajectory.players:
+            samples = self.samples.of(player, self.stream)
+            controls = self.controls_of(player)
+            metric = self.curvature.metric(controls, self._latest(controls))
+            if samples is not None and metric is not None:
+                self.gains[player.index] = self._of_groups(player, samples, metric)
+
+    def backward(self, after: list[Value] | None = None) -> list[Value]:
+        """Value functions from the last cut to the first, a policy for every player on the way (Eq. 13-19).
+
+        Args:
+            after: the value function at the last cut, for every group; None where that is the output.
+
+        Returns:
+            That at the first cut.
+        """
+        values = self.terminal() if after is None else after
         self.values[len(self.trajectory.stages)] = values
         for player in reversed(self.trajectory.players):
+            values = self._swept(player, values)
+            self.values[player.index] = values
+        return values
+
+    def _swept(self, player: Player, values: list[Value]) -> list[Value]:
+        gains = self.gains.get(player.index)
+        if gains is None:
             samples = self.samples.of(player, self.stream)
             metric = self._sweep_metric(player, samples, values)
-            if samples is not None and metric is not None:
-                steps = []
-                for group, value in zip(self.groups, values, strict=True):
-                    gains = self._gains(player, samples.rows(group.rows_of(rows)), group, metric)
-                    policy, before, report = backward_stage(
-                        value,
-                        gains.gram,
-                        gains.response,
-                        proximal=options.control_hessian == "proximal",
-                        guard=options.replace_guard,
-                        block=rows if by_sample else None,
-                    )
-                    steps.append((policy, before))
-                    self.facts.add(player.index, gains, report, group)
-                self.policies[player.index] = [policy for policy, _ in steps]
-                values = [before for _, before in steps]
-            self.values[player.index] = values
+            if samples is None or metric is None:
+                return values
+            gains = self._of_groups(player, samples, metric)
+        policies, before = [], []
+        for group, value, own in zip(self.groups, values, gains, strict=True):
+            policy, value_before, report = backward_stage(
+                value,
+                own.gram,
+                own.response,
+                proximal=self.options.control_hessian == "proximal",
+                guard=self.options.replace_guard,
+                block=self.rows if self._by_sample else None,
+            )
+            policies.append(policy)
+            before.append(value_before)
+            self.facts.add(player.index, own, report, group)
+        self.policies[player.index] = policies
+        return before
+
+    @property
+    def _by_sample(self) -> bool:
+        return self.options.value_hessian == "block_diagonal"
+
+    def _of_groups(self, player: Player, samples: PlayerSamples, metric: Metric) -> list[Gains]:
+        return [self._gains(player, samples.rows(g.rows_of(self.rows)), g, metric) for g in self.groups]
 
     def _sweep_metric(self, player: Player, samples: PlayerSamples | None, values: list[Value]) -> Metric | None:
         """The metric of the sweep at one player; None where there are no statistics yet."""
@@ -142,7 +194,7 @@ class Step:
         if of_value:
             # Q_u of Eq. 14 without the control cost: the mean gradient plus what V_z' holds beyond it.
             slopes = torch.cat([g.share * v.slope for g, v in zip(self.groups, values or (), strict=True)])
-            beyond = cast(PlayerSamples, samples).weighted(slopes)
+            beyond = self._summed(cast(PlayerSamples, samples).weighted(slopes))
             gradient = {name: grad + beyond[name] for name, grad in gradient.items()}
         by_sample = None
         if self.curvature.needs_samples and gradient:
@@ -151,7 +203,7 @@ class Step:
                 ratios = torch.cat([v.slope / g.weight for g, v in zip(self.groups, values or (), strict=True)])
                 by_sample = by_sample.plus(cast(PlayerSamples, samples), ratios)
         if gradient:
-            self.statistics.update(self.curvature.statistics(controls, Evidence(gradient, by_sample)))
+            self.statistics.update(self.curvature.statistics(controls, Evidence(gradient, by_sample, self.ranks)))
 
     def _gains(self, player: Player, samples: PlayerSamples, group: RecursionGroup, metric: Metric) -> Gains:
         """H = S R^-1 S^T, q = S R^-1 p and p^T R^-1 p of one group, p = a g + e its own direction."""
@@ -159,7 +211,7 @@ class Step:
         gram = metric.gram(samples)
         direction = self.curvature.direction(controls, self._latest(controls))
         shares = set(direction.fresh.values())
-        formed = len(self.groups) == 1 and controls.parameters.keys() <= self.grads.keys()
+        formed = self.one_group and controls.parameters.keys() <= self.grads.keys()
         if not formed and self.stream == "gradient" and len(shares) == 1 and not self.inspect:
             # g = G^T omega 1 and S = G: the group's own gradient need not be formed.
             ones = torch.full_like(gram[0], group.weight * shares.pop()) * self.clip
@@ -187,52 +239,108 @@ class Step:
     # Forward
 
     def forward(self) -> None:
-        """Controls from the input to the output (Eq. 20), each applied as soon as it is known."""
+        """Controls from the input to the output (Eq. 20)."""
+        self.complete_statistics()
+        self.update_plain()
+        phis = [torch.zeros(g.samples * self.rows, dtype=torch.float64, device=self.device) for g in self.groups]
+        if self.options.feedback and self.options.rollout == "nonlinear":
+            _, phis = self.roll_out([m.live[0] for m in self.samples.micro_batches], phis)
+        else:
+            phis = self.feedback(phis)
+            for player in self.trajectory.players:
+                self.act(player, *self.collect(player))
+        self.facts.finish(self.groups, phis, self.options)
+
+    def complete_statistics(self) -> None:
+        """Statistics made of samples, as far as the sweep has not made them; changes no weight.
+
+        Raises:
+            CurvatureError: factors are refused.
+        """
+        if self.curvature.needs_samples:
+            for player in self.trajectory.players:
+                if not player.controls().keys() <= self.statistics.keys():
+                    self._new_statistics(player)
+
+    def update_plain(self) -> None:
+        """The base update of the parameters that belong to no player."""
         plain = {name: self.grads[name] for name in self.trajectory.plain_parameters if name in self.grads}
         if plain:
             controls = self.controls_of(None)
             self._update(controls, plain, {}, self.curvature.statistics(controls, Evidence(plain, None)))
-        if self.curvature.needs_samples:
-            # Factors can be refused: all of them before the first weight changes.
-            for player in self.trajectory.players:
-                if not player.controls().keys() <= self.statistics.keys():
-                    self._new_statistics(player)
-        nonlinear = self.options.feedback and self.options.rollout == "nonlinear"
-        rows = self.samples.rows_per_sample(self.stream) if self.options.feedback else 1
-        phis = [torch.zeros(g.samples * rows, dtype=torch.float64, device=self.device) for g in self.groups]
-        with unchanged_buffers(self.model) if nonlinear else contextlib.nullcontext():
-            lives = [m.live[0] for m in self.samples.micro_batches] if nonlinear else []
-            for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
-                weights = []
-                for index, policy in enumerate(self.policies.get(player.index, ())):
-                    v, moved = forward_stage(policy, phis[index])
-                    weights.append(v)
-                    self.facts.apply(player.index, index, policy, v)
-                    if not nonlinear:
-                        phis[index] = phis[index] + moved
-                self._act(player, weights)
-                if nonlinear:
-                    for index, micro_batch in enumerate(self.samples.micro_batches):
-                        assert micro_batch.context is not None
-                        with micro_batch.context.again():
-                            lives[index] = stage.run(lives[index])
-                    phis = self._real_feedback(player.index + 1, lives, rows)
-        self.facts.finish(self.groups, phis, self.options)
 
-    def _act(self, player: Player, weights: list[Tensor]) -> None:
-        """One player's control: the base step, and the correction S^T v of every group, averaged."""
-        controls = self.controls_of(player)
-        averaged = torch.cat([g.share * v for g, v in zip(self.groups, weights, strict=True)]) if weights else None
-        gradient: Grads = {name: self.grads[name] for name in controls.parameters if name in self.grads}
-        correction: Grads = {}
+    def feedback(self, phis: list[Tensor]) -> list[Tensor]:
+        """Every player's weights, with the linear rollout's feedback.
+
+        Args:
+            phis: <s_z, delta z> at the first cut, for every group.
+
+        Returns:
+            The same at the last cut.
+        """
+        for player in self.trajectory.players:
+            phis = self._decide(player, phis)
+        return phis
+
+    def _decide(self, player: Player, phis: list[Tensor]) -> list[Tensor]:
+        """One player's v from its policy; the feedback after it, linearly."""
+        if player.index not in self.policies:
+            return phis
+        weights, after = [], []
+        for index, policy in enumerate(self.policies[player.index]):
+            v, moved = forward_stage(policy, phis[index])
+            weights.append(self.groups[index].share * v)
+            after.append(phis[index] + moved)
+            self.facts.apply(player.index, index, policy, v)
+        self.weights[player.index] = torch.cat(weights)
+        return after
+
+    def roll_out(
+        self, lives: list[tuple[LiveValue, ...]], phis: list[Tensor]
+    ) -> tuple[list[tuple[LiveValue, ...]], list[Tensor]]:
+        """Every player's control, applied, and its stage run anew with it (Alg. 1).
+
+        Args:
+            lives: live values at the first cut with the controls before it, for every micro-batch.
+            phis: <s_z, delta z> there, for every group.
+
+        Returns:
+            Both at the last cut.
+        """
+        with unchanged_buffers(self.model):
+            for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
+                self._decide(player, phis)
+                self.act(player, *(self._summed(part) for part in self.collect(player)))
+                moved = []
+                for micro_batch, live in zip(self.samples.micro_batches, lives, strict=True):
+                    assert micro_batch.context is not None
+                    with micro_batch.context.again():
+                        moved.append(stage.run(live))
+                lives = moved
+                phis = self.real_feedback(player.index + 1, lives)
+        return lives, phis
+
+    def collect(self, player: Player) -> tuple[Grads, Grads]:
+        """What the samples add to a player's control: its gradient, where that is formed here, and S^T v.
+
+        Both are of this rank's samples alone.
+        """
+        averaged = self.weights.get(player.index)
         if self.absorbs(player):
             samples = self.samples.of(player, "gradient")
             if samples is not None:
-                gradient = samples.weighted(self.mean_weights() + (0.0 if averaged is None else averaged))
+                return samples.weighted(self.mean_weights() + (0.0 if averaged is None else averaged)), {}
         elif averaged is not None:
             samples = self.samples.of(player, self.stream)
             assert samples is not None
-            correction = samples.weighted(averaged)
+            return {}, samples.weighted(averaged)
+        return {}, {}
+
+    def act(self, player: Player, gradient: Grads, correction: Grads) -> None:
+        """Take one player's control, given what :meth:`collect` found, summed over replicas."""
+        controls = self.controls_of(player)
+        if not gradient:
+            gradient = {name: self.grads[name] for name in controls.parameters if name in self.grads}
         if not gradient:
             return  # no backward pass reached the player: it stays, as with torch.optim
         if self.curvature.adaptive and not gradient.keys() <= self.statistics.keys():
@@ -240,12 +348,15 @@ class Step:
         statistics = {name: self.statistics.pop(name, {}) for name in gradient}
         self._update(controls, gradient, correction, statistics)
 
+    def _summed(self, grads: Grads) -> Grads:
+        return dict(zip(grads, self.ranks.sum_over_replicas(list(grads.values())), strict=True)) if grads else grads
+
     def _update(self, controls: Controls, gradient: Grads, correction: Grads, statistics: dict[str, State]) -> None:
         self.curvature.update(controls, gradient, correction, statistics, self.options.momentum_of)
 
-    def _real_feedback(self, cut: int, lives: list[tuple[LiveValue, ...]], rows: int) -> list[Tensor]:
+    def real_feedback(self, cut: int, lives: list[tuple[LiveValue, ...]]) -> list[Tensor]:
         """phi^b = <s_z^b, zhat^b - z^b>, summed over the live tensors of a cut, for every group."""
-        parts = []
+        parts, rows = [], self.rows
         for micro_batch, live in zip(self.samples.micro_batches, lives, strict=True):
             phi = torch.zeros(micro_batch.samples * rows, dtype=torch.float64, device=self.device)
             derivatives = micro_batch.derivatives[self.stream]

@@ -284,7 +284,8 @@ def _cut_into_stages(
         player = Player(index, names, tuple(str(n.target) for n in members if n in shortcuts))
         nodes = _with_fixed({node for node in graph.nodes if stage_of.get(node) == index}, fixed)
         run = _GraphStage(model, cuts[index], [node for node in graph.nodes if node in nodes], cuts[index + 1])
-        stages.append(Stage(player, _tensor_names(cuts[index]), _tensor_names(cuts[index + 1]), run))
+        used = tuple(str(node.target) for node in run.nodes if node.op in ("call_module", "get_attr"))
+        stages.append(Stage(player, _tensor_names(cuts[index]), _tensor_names(cuts[index + 1]), run, used))
 
     signature = inspect.signature(model.forward)
     output = next(node for node in graph.nodes if node.op == "output")

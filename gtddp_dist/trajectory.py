@@ -76,12 +76,14 @@ class Stage:
         live_before: names of the live values of the cut before the stage.
         live_after: names of those after it.
         run: the stage's dynamics.
+        reads: names, in the model, of the modules, parameters and buffers that it uses.
     """
 
     player: Player
     live_before: tuple[str, ...]
     live_after: tuple[str, ...]
     run: StageFunction
+    reads: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,16 @@ class Trajectory:
         plain_parameters: names of the trainable parameters that belong to no player (base update, no feedback).
         bind: the model's call arguments -> live values at cut 0.
         assemble: live values at the last cut -> what the model's forward returns.
+        first: whether cut 0 is the model's input; not so of a later segment.
+        last: whether the last cut is the model's output.
     """
 
     stages: tuple[Stage, ...]
     plain_parameters: tuple[str, ...]
     bind: Callable[..., tuple[LiveValue, ...]] = field(repr=False)
     assemble: Callable[[tuple[LiveValue, ...]], object] = field(repr=False)
+    first: bool = True
+    last: bool = True
 
     @property
     def players(self) -> tuple[Player, ...]:
@@ -151,6 +157,7 @@ def from_stages(
     """
     check_parameters(model, plain_modules, plain_parameters)
     names = {module: name for name, module in model.named_modules()}
+    names_of = {tensor: name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     plain = modules_under(model, plain_modules)
     built: list[Stage] = []
     seen: set[nn.Module] = set()
@@ -175,7 +182,9 @@ def from_stages(
             )
         before = ("input",) if index == 0 else (f"z{index}",)
         after = ("output",) if index == len(stages) - 1 else (f"z{index + 1}",)
-        built.append(Stage(Player(index, found), before, after, _ModuleStage(stage)))
+        reads = [names[module] for module in stage.modules() if module in names]
+        reads += [names_of[p] for p in (*stage.parameters(), *stage.buffers()) if p in names_of]
+        built.append(Stage(Player(index, found), before, after, _ModuleStage(stage), tuple(reads)))
     missing = [
         name
         for name, module in model.named_modules()

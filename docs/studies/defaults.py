@@ -42,6 +42,8 @@ BASES: dict[str, tuple[type[curvature.Curvature], dict[str, object], float]] = {
 RATES = (1.0, 3.0, 10.0)
 """Multiples of the base's own good rate."""
 RHOS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+REPEATED_RHOS = (0.0, 0.03, 0.1)
+"""Those that further seeds repeat."""
 EPOCHS = {32: 4, 256: 20}
 CHANGES: dict[str, dict[str, object]] = {
     "value_hessian=block_diagonal": {"value_hessian": "block_diagonal"},
@@ -80,21 +82,32 @@ class Outcome:
 
 
 def runs() -> Iterator[Run]:
-    """All runs, the most telling first."""
-    for seed, batch in itertools.product((0, 1, 2), (32, 256)):
-        for base, rate in itertools.product(BASES, RATES):
-            for rho in RHOS:
-                yield Run("rho", base, batch, rate, f"rho={rho:g}", seed)
-        for base, rate, change in itertools.product(BASES, (1.0, 3.0), CHANGES):
-            if change == "terminal=exact" and batch > 32:
-                continue  # 2,560 rows in one recursion
-            if change == "cooperation=none" and "kfac" not in base:
-                continue
-            if change == "momentum_of=gradient" and base in ("sgd", "rmsprop", "kfac", "ekfac"):
-                continue  # no momentum, nothing to keep
-            if change in ("statistics=value", "metric=previous") and base.startswith("sgd"):
-                continue  # a constant metric
-            yield Run("options", base, batch, rate, change, seed)
+    """All runs, the most telling first: one seed in full, then the closest weights and the options again."""
+    for batch in EPOCHS:
+        yield from _weights(batch, 0, RHOS)
+        yield from _options(batch, 0)
+    for seed, batch in itertools.product((1, 2), EPOCHS):
+        yield from _weights(batch, seed, REPEATED_RHOS)
+    for seed, batch in itertools.product((1, 2), EPOCHS):
+        yield from _options(batch, seed)
+
+
+def _weights(batch: int, seed: int, rhos: tuple[float, ...]) -> Iterator[Run]:
+    for base, rate, rho in itertools.product(BASES, RATES, rhos):
+        yield Run("rho", base, batch, rate, f"rho={rho:g}", seed)
+
+
+def _options(batch: int, seed: int) -> Iterator[Run]:
+    for base, rate, change in itertools.product(BASES, (1.0, 3.0), CHANGES):
+        if change == "terminal=exact" and batch > 32:
+            continue  # 2,560 rows in one recursion
+        if change == "cooperation=none" and "kfac" not in base:
+            continue
+        if change == "momentum_of=gradient" and base in ("sgd", "rmsprop", "kfac", "ekfac"):
+            continue  # no momentum, nothing to keep
+        if change in ("statistics=value", "metric=previous") and base.startswith("sgd"):
+            continue  # a constant metric
+        yield Run("options", base, batch, rate, change, seed)
 
 
 def train(run: Run) -> Outcome:

@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..capture import Stream
+from ..collectives import ALONE, Collectives
 from ..errors import OptionError
 from ..players import PlayerSamples
 from ..trajectory import Player
@@ -58,11 +59,13 @@ class Evidence:
 
     Attributes:
         gradient: the mean gradient, or Q_u where statistics are of the value function.
-        samples: the same sample by sample, for curvatures that ask for it (:attr:`Curvature.needs_samples`).
+        samples: this replica's, sample by sample, for curvatures that ask for it (:attr:`Curvature.needs_samples`).
+        ranks: the other replicas, over which statistics made of samples are averaged.
     """
 
     gradient: Grads
     samples: PlayerSamples | None
+    ranks: Collectives = ALONE
 
 
 class Metric(ABC):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..collectives import Collectives
 from ..players import AffineGradients, PlayerSamples
 from .base import Controls, Cooperation, State, check
 from .coordinates import Coordinates
@@ -50,7 +51,12 @@ class EKFAC(KroneckerCurvature):
         state["cross_moments"] = s_b[:, None] * s_a
 
     def _correct(
-        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+        self,
+        controls: Controls,
+        samples: PlayerSamples,
+        layers: Mapping[str, Layout],
+        new: dict[str, State],
+        ranks: Collectives,
     ) -> None:
         pair = self.pair(controls)
         coupled: dict[str, Tensor] = {}
@@ -62,14 +68,14 @@ class EKFAC(KroneckerCurvature):
             part = samples.parts[name]
             assert isinstance(part, AffineGradients)
             grads_BGOI = Coordinates(side, basis_b, state["second_moments"]).per_sample(part)
-            self.mix(state, "second_moments", (grads_BGOI**2).mean(0), name)
+            self.mix(state, "second_moments", (grads_BGOI**2).mean(0), name, ranks)
             if pair is not None and name in pair:
                 coupled[name] = grads_BGOI
         if pair is not None and self.cooperation == "exact":
             state = new[anchor_of(pair[0], controls)]
             O, I = state["cross_moments"].shape  # noqa: E741
             product = coupled[pair[0]][:, 0, :O, :I] * coupled[pair[1]][:, 0, :O, :I]
-            self.mix(state, "cross_moments", product.mean(0), pair[0])
+            self.mix(state, "cross_moments", product.mean(0), pair[0], ranks)
 
     def _alone(self, state: State, layout: Layout, damping: float) -> Coordinates:
         side, basis_b = self.sides(state, layout)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..collectives import Collectives
 from ..players import PlayerSamples
 from .base import Controls, State
 from .coordinates import Coordinates
@@ -23,7 +24,12 @@ class KFAC(KroneckerCurvature):
         pass
 
     def _correct(
-        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+        self,
+        controls: Controls,
+        samples: PlayerSamples,
+        layers: Mapping[str, Layout],
+        new: dict[str, State],
+        ranks: Collectives,
     ) -> None:
         pass
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..capture import Stream
+from ..collectives import Collectives
 from ..errors import CurvatureError, OptionError
 from ..players import AffineGradients, PlayerSamples, is_affine, of_module, qualified
 from ..trajectory import Player
@@ -179,22 +180,28 @@ class KroneckerCurvature(Curvature):
         for name in new:
             new[name] = {k: v for k, v in controls.state[name].items() if k != "momentum_buffer"}
         if steps % self.factor_every == 0:
-            self._average(controls, samples, layers, new)
+            self._average(controls, samples, layers, new, evidence.ranks)
         if steps % self.basis_every == 0 or any("basis_b" not in new[anchor] for anchor in anchors.values()):
-            self._refresh(controls, layers, new)
+            self._refresh(controls, layers, new, evidence.ranks)
         if steps % self.factor_every == 0:
-            self._correct(controls, samples, layers, new)
+            self._correct(controls, samples, layers, new, evidence.ranks)
         new[first]["step"] = torch.tensor(float(steps + 1))
         return new
 
-    def mix(self, state: State, key: str, value: Tensor, module: str) -> None:
-        """Take a new value into a running average; the first one is the average."""
+    def mix(self, state: State, key: str, value: Tensor, module: str, ranks: Collectives) -> None:
+        """Take a new value, averaged over replicas, into a running average; the first one is the average."""
+        value = ranks.sum_over_replicas([value])[0] / ranks.replicas
         if not bool(torch.isfinite(value).all()):
             raise CurvatureError(f"module '{module}': {key} of this step is not finite; nothing was changed")
         state[key] = state[key].lerp(value, 1 - self.factor_decay) if key in state else value
 
     def _average(
-        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+        self,
+        controls: Controls,
+        samples: PlayerSamples,
+        layers: Mapping[str, Layout],
+        new: dict[str, State],
+        ranks: Collectives,
     ) -> None:
         """Running averages of factors, cross factors, and the squares of normalisation parameters' gradients."""
         pair = self.pair(controls)
@@ -202,7 +209,7 @@ class KroneckerCurvature(Curvature):
         for name, part in samples.parts.items():
             if name not in layers:
                 for local, grads in part.per_sample().items():
-                    self.mix(new[qualified(name, local)], "square_avg", (grads**2).mean(0), name)
+                    self.mix(new[qualified(name, local)], "square_avg", (grads**2).mean(0), name, ranks)
                 continue
             assert isinstance(part, AffineGradients)
             state = new[anchor_of(name, controls)]
@@ -213,11 +220,11 @@ class KroneckerCurvature(Curvature):
             positions = y_BGLO.shape[2]
             x_BGLI, y_BGLO = bases.reduced(x_BGLI, y_BGLO, self.factors)
             if self.factors == "spatially_uncorrelated" and layout.channels:
-                self.mix(state, "factor_a", bases.channel_factor(part, layout), name)
-                self.mix(state, "factor_ones", torch.full_like(x_BGLI[0, 0, 0, 0], positions), name)
+                self.mix(state, "factor_a", bases.channel_factor(part, layout), name, ranks)
+                self.mix(state, "factor_ones", torch.full_like(x_BGLI[0, 0, 0, 0], positions), name, ranks)
             else:
-                self.mix(state, "factor_a", bases.input_factor(x_BGLI), name)
-            self.mix(state, "factor_b", bases.output_factor(y_BGLO), name)
+                self.mix(state, "factor_a", bases.input_factor(x_BGLI), name, ranks)
+            self.mix(state, "factor_b", bases.output_factor(y_BGLO), name, ranks)
             if pair is not None and self.cooperation != "corollary7" and name in pair:
                 kept[name] = (x_BGLI, y_BGLO)
         if pair is None or not kept:
@@ -231,44 +238,62 @@ class KroneckerCurvature(Curvature):
                 )
             return
         state = new[anchor_of(pair[0], controls)]
-        self.mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0])
-        self.mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0])
+        self.mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0], ranks)
+        self.mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0], ranks)
 
-    def _refresh(self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State]) -> None:
-        """New bases; where a decomposition fails the previous one is kept, a bounded number of times."""
+    def _refresh(
+        self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State], ranks: Collectives
+    ) -> None:
+        """New bases; where a decomposition fails the previous one is kept, a bounded number of times.
+
+        Replicas have the same factors, so they share the decompositions out among themselves.
+        """
         pair = self.pair(controls)
-        for name in layers:
+        alone = [name for name in layers if pair is None or name != pair[1]]  # that one with its partner
+        owners = {name: index % ranks.replicas for index, name in enumerate(alone)}
+        found: dict[str, _Decomposed] = {}
+        reasons: dict[str, str] = {}
+        for name in alone:
             state = new[anchor_of(name, controls)]
-            if pair is not None and name == pair[1]:
-                continue  # with its partner
             partner = None if pair is None or name not in pair else new[anchor_of(pair[1], controls)]
-            try:
-                if partner is None:
-                    self._eigenbases(state)
-                elif self.cooperation == "corollary7":
-                    self._eigenbases(state)
-                    partner.update({key: state[key] for key in ("basis_a", "basis_b", "values_a", "values_b")})
-                else:
-                    self._canonical_bases(state, partner, controls.groups[anchor_of(name, controls)])
-            except torch.linalg.LinAlgError as error:
-                failures = int(state.get("basis_failures", torch.zeros(()))) + 1
-                if "basis_b" not in state or failures > self.max_basis_failures:
-                    raise CurvatureError(
-                        f"module '{name}': decomposing its factors failed ({error}), {failures} times in a row "
-                        f"(max_basis_failures={self.max_basis_failures}); more damping or a smaller rate may help"
-                    ) from error
-                state["basis_failures"] = torch.tensor(float(failures))
-                _log.warning("module '%s': decomposition failed (%s); the previous basis is kept", name, error)
+            found[name] = _Decomposed.shaped(state, partner if self.cooperation != "corollary7" else None)
+            if owners[name] != ranks.replica:
                 continue
+            try:
+                if partner is None or self.cooperation == "corollary7":
+                    found[name] = self._eigenbases(state)
+                else:
+                    found[name] = self._canonical_bases(state, partner, controls.groups[anchor_of(name, controls)])
+            except torch.linalg.LinAlgError as error:
+                reasons[name] = str(error)
+        for name in alone:
+            state = new[anchor_of(name, controls)]
+            partner = None if pair is None or name not in pair else new[anchor_of(pair[1], controls)]
+            failed = torch.tensor(float(name in reasons)).to(state["factor_b"])
+            failed, *tensors = ranks.from_replica(owners[name], [failed, *found[name].tensors()])
+            if bool(failed):
+                self._keep_basis(state, name, reasons.get(name, f"in replica {owners[name]}"))
+                continue
+            found[name].filled(tensors).store(state, partner)
             state["basis_failures"] = torch.zeros(())
             self._restart(state, partner, layers[name], controls, name)
 
-    def _eigenbases(self, state: State) -> None:
+    def _keep_basis(self, state: State, name: str, reason: str) -> None:
+        failures = int(state.get("basis_failures", torch.zeros(()))) + 1
+        if "basis_b" not in state or failures > self.max_basis_failures:
+            raise CurvatureError(
+                f"module '{name}': decomposing its factors failed ({reason}), {failures} times in a row "
+                f"(max_basis_failures={self.max_basis_failures}); more damping or a smaller rate may help"
+            )
+        state["basis_failures"] = torch.tensor(float(failures))
+        _log.warning("module '%s': decomposition failed (%s); the previous basis is kept", name, reason)
+
+    def _eigenbases(self, state: State) -> _Decomposed:
         values_a, basis_a = bases.eigenbasis(state["factor_a"])
         values_b, basis_b = bases.eigenbasis(state["factor_b"])
-        state.update(basis_a=basis_a, basis_b=basis_b, values_a=values_a, values_b=values_b)
+        return _Decomposed({"basis_a": basis_a, "basis_b": basis_b, "values_a": values_a, "values_b": values_b}, {})
 
-    def _canonical_bases(self, u: State, v: State, group: Mapping[str, object]) -> None:
+    def _canonical_bases(self, u: State, v: State, group: Mapping[str, object]) -> _Decomposed:
         root = number(group, "damping") ** 0.5
         damped = {}
         for key, state in (("u", u), ("v", v)):
@@ -277,8 +302,10 @@ class KroneckerCurvature(Curvature):
             damped[key] = (a + pi * root * torch.eye(len(a)).to(a), b + root / pi * torch.eye(len(b)).to(b))
         a_u, a_v, s_a = bases.canonical_bases(damped["u"][0], damped["v"][0], u["cross_a"][0])
         b_u, b_v, s_b = bases.canonical_bases(damped["u"][1], damped["v"][1], u["cross_b"][0])
-        u.update(basis_a=a_u[None], basis_b=b_u[None], correlation_a=s_a, correlation_b=s_b)
-        v.update(basis_a=a_v[None], basis_b=b_v[None])
+        return _Decomposed(
+            {"basis_a": a_u[None], "basis_b": b_u[None], "correlation_a": s_a, "correlation_b": s_b},
+            {"basis_a": a_v[None], "basis_b": b_v[None]},
+        )
 
     @abstractmethod
     def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
@@ -286,7 +313,12 @@ class KroneckerCurvature(Curvature):
 
     @abstractmethod
     def _correct(
-        self, controls: Controls, samples: PlayerSamples, layers: Mapping[str, Layout], new: dict[str, State]
+        self,
+        controls: Controls,
+        samples: PlayerSamples,
+        layers: Mapping[str, Layout],
+        new: dict[str, State],
+        ranks: Collectives,
     ) -> None:
         """Running averages of what lives in the basis."""
 
@@ -379,6 +411,42 @@ class KroneckerCurvature(Curvature):
                     state["momentum_buffer"].add_(corrected[name])
             parameter.mul_(1 - lr * number(group, "weight_decay"))
             parameter.sub_(step, alpha=lr)
+
+
+@dataclass(frozen=True)
+class _Decomposed:
+    """What decomposing the factors of a layer gave, and of its partner where the two cooperate in canonical bases."""
+
+    own: State
+    partners: State
+
+    @classmethod
+    def shaped(cls, state: State, partner: State | None) -> _Decomposed:
+        """Tensors of the right shapes, for a replica that is sent the content."""
+        a, b = state["factor_a"], state["factor_b"]
+        own = {"basis_a": torch.empty_like(a), "basis_b": torch.empty_like(b)}
+        if partner is None:
+            return cls({**own, "values_a": torch.empty_like(a[..., 0]), "values_b": torch.empty_like(b[..., 0])}, {})
+        theirs = {"basis_a": torch.empty_like(partner["factor_a"]), "basis_b": torch.empty_like(partner["factor_b"])}
+        own["correlation_a"] = a.new_empty(min(a.shape[-1], theirs["basis_a"].shape[-1]))
+        own["correlation_b"] = b.new_empty(min(b.shape[-1], theirs["basis_b"].shape[-1]))
+        return cls(own, theirs)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.own.values(), *self.partners.values()]
+
+    def filled(self, tensors: list[Tensor]) -> _Decomposed:
+        """The same names with other tensors."""
+        n = len(self.own)
+        return _Decomposed(
+            dict(zip(self.own, tensors[:n], strict=True)), dict(zip(self.partners, tensors[n:], strict=True))
+        )
+
+    def store(self, state: State, partner: State | None) -> None:
+        """Put it into the layers' statistics; under Corollary 7 both layers have the same."""
+        state.update(self.own)
+        if partner is not None:
+            partner.update(self.partners or self.own)
 
 
 def corollary7(
