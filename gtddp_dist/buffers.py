@@ -1,4 +1,4 @@
-"""A model's buffers (running statistics), put back after a forward pass that must not count."""
+"""A model's buffers (running statistics) and the random state, put back after a forward pass that must not count."""
 
 from __future__ import annotations
 
@@ -29,3 +29,9 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         restore_buffers(model, copies)
+
+
+def unchanged_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Give torch's generators their state back at the end of the block."""
+    devices = [device] if device.type == "cuda" else []
+    return torch.random.fork_rng(devices=devices, device_type="cuda")

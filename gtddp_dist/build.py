@@ -16,7 +16,7 @@ from .optimizer import GTDDP
 from .options import PAPER, Options
 from .players import SUPPORTED
 from .registry import MODELS, OPTIMIZERS, load_object
-from .trajectory import PlainParts
+from .trajectory import PlainParts, Traced
 
 _TORCH = {
     "sgd": torch.optim.SGD,
@@ -58,6 +58,8 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
         options["gauss_newton_weight"] = 0.0
         if entry.base is None:
             options["cooperation"] = "none"
+    if isinstance(model, Traced):  # a rank's segment: how to trace was asked before
+        options.pop("projection", None)
     if config.optimizer.preset == "paper":
         options = {**PAPER, "cooperation": base.of_paper, **options}
     return GTDDP(
@@ -73,9 +75,12 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
 
 
 def plain_parts(model: nn.Module, config: Config) -> PlainParts:
-    """What of the network `model.name` can be no player: the registry knows, for the networks that it builds."""
+    """What of the network `model.name` can be no player: the registry knows, for the networks that it builds.
+
+    Nothing for a rank's segment, which is traced already.
+    """
     location = MODELS[config.model.name].plain
-    if location is None:
+    if location is None or isinstance(model, Traced):
         return {"plain_modules": [], "plain_parameters": []}
     return cast(Callable[[nn.Module], PlainParts], load_object(location))(model)
 

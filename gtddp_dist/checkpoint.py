@@ -1,13 +1,15 @@
 """The checkpoint format: a folder of safetensors shards and an index that makes it complete.
 
     checkpoints/step-00000120/
-        shard-00000-of-00001.safetensors     tensors; a rank writes one shard
+        shard-00000-of-00001.safetensors     tensors; a rank writes one shard, or none where it has no tensors
         index.json                           written last: what is where, sizes, checksums, and all that is no
         tensor
 
-A folder without `index.json` is an unfinished write and is never loaded. Loading reads safetensors and JSON,
-which hold data only; nothing here unpickles, so a checkpoint from elsewhere cannot execute code. What the
-tensors and values mean is `gtddp_dist.training_state`'s matter.
+While it is written, a checkpoint is called `unfinished-step-00000120-<attempt>`; that folder, or one without
+`index.json`, is never loaded. Keys are global names, so whoever reads need not be as many ranks as wrote: each
+takes the keys it wants and verifies the shards that hold them. Loading reads safetensors and JSON, which hold
+data only; nothing here unpickles, so a checkpoint from elsewhere cannot execute code. What the tensors and
+values mean is `gtddp_dist.training_state`'s matter; how ranks write together is `checkpoint_writer`'s.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
@@ -26,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .errors import UserError
+from .errors import FAILED, UserError
 from .files import flush_directory, write_atomically, write_text_atomically
 
 FORMAT = "gtddp-checkpoint"
@@ -36,13 +39,27 @@ INDEX = "index.json"
 JSON = None | bool | int | float | str | list["JSON"] | dict[str, "JSON"]
 """A value that a JSON file holds."""
 
+Wanted = Callable[[str], bool]
+"""Says of a key whether the tensor is to be read."""
+
+AllGather = Callable[[str], list[str]]
+"""Gives every rank the texts of all, in the order of ranks; all ranks call it, equally often."""
+
 _FOLDER = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"unfinished-step-(\d{8,})-[A-Za-z0-9._-]+")
+_ATTEMPT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SHARD = re.compile(r"shard-\d{5}-of-\d{5}\.safetensors")
 _UNFINISHED_REMOVAL = ".removed-"
 
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be used. The message names the file and, where there is one, the key."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint that could not be written. The message names the file. Earlier checkpoints are as they were."""
+
+    exit_code = FAILED
 
 
 class ShardEntry(TypedDict):
@@ -63,13 +80,14 @@ class TensorEntry(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read whole: its checksums, shapes and names are as its index says."""
+    """A checkpoint of which all that was wanted was read: checksums, shapes and names are as its index says."""
 
     folder: Path
     step: int
     """Training steps done."""
     tensors: dict[str, Tensor]
-    """On the CPU, by key: `model/<parameter or buffer>`, `optimizer/<parameter>/<state>`, `random/<generator>`."""
+    """Those that were wanted, on the CPU, by key: `model/<parameter or buffer>`, `optimizer/<parameter>/<state>`,
+    `random/<generator>`."""
     values: dict[str, JSON]
     """Everything that is no tensor."""
 
@@ -81,7 +99,7 @@ class Refused:
     folder: Path
     reason: str
     complete: bool
-    """False for a folder without an index: a write that was interrupted."""
+    """False for a write that was interrupted."""
 
 
 def folder_of(directory: Path, step: int) -> Path:
@@ -89,51 +107,76 @@ def folder_of(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
+def unfinished_folder_of(directory: Path, step: int, attempt: str) -> Path:
+    """The folder in which the checkpoint of a step is while it is written.
+
+    `attempt` sets this write apart from every other, so that nothing an interrupted one left is ever taken for
+    a part of it. Raises ValueError where it is no plain word.
+    """
+    if not _ATTEMPT.fullmatch(attempt):
+        raise ValueError(f"attempt is {attempt!r}: at most 64 letters, digits, '.', '_' and '-' are allowed")
+    return directory / f"unfinished-step-{step:08d}-{attempt}"
+
+
 def save(directory: Path, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, JSON], keep: int) -> Path:
-    """Writes the checkpoint of one process, then removes all but the `keep` newest; returns its folder."""
-    folder = begin(directory, step)
+    """Writes the checkpoint of one process, then removes all but the `keep` newest; returns its folder.
+
+    Raises CheckpointWriteError where it cannot be written; earlier checkpoints are as they were.
+    """
+    folder = begin(directory, step, secrets.token_hex(8))
     shard = write_shard(folder, tensors, rank=0, world=1)
     write_index(folder, step, [shard], values)
+    finished = publish(folder)
     prune(directory, keep)
+    return finished
+
+
+def begin(directory: Path, step: int, attempt: str) -> Path:
+    """Makes the folder in which a checkpoint is written, where no other rank has made it."""
+    folder = unfinished_folder_of(directory, step, attempt)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def begin(directory: Path, step: int) -> Path:
-    """Makes an empty folder for the checkpoint of a step (one rank does, before any writes its shard).
+def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, each with memory of its own.
 
-    What an interrupted write, or a run that was resumed from an earlier step, left under that name is
-    removed.
+    safetensors takes no tensors that share memory (tied weights) or are views of larger ones.
     """
-    folder = folder_of(directory, step)
-    directory.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        _remove(folder)
-    folder.mkdir()
-    return folder
-
-
-def write_shard(folder: Path, tensors: Mapping[str, Tensor], *, rank: int, world: int) -> ShardEntry:
-    """Writes the tensors of one rank (0 to `world - 1`) and returns the entry of the index about them."""
-    path = folder / f"shard-{rank:05d}-of-{world:05d}.safetensors"
-    # A copy of each: safetensors takes no tensors that share memory (tied weights) or are views of larger
-    # ones.
-    copies = {
+    return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    write_atomically(path, lambda temporary: save_file(copies, temporary))
+
+
+def write_shard(folder: Path, tensors: Mapping[str, Tensor], *, rank: int, world: int) -> ShardEntry:
+    """Writes the tensors of one rank (0 to `world - 1`) and returns the entry of the index about them.
+
+    Raises CheckpointWriteError where it cannot be written.
+    """
+    return write_snapshot(folder, snapshot(tensors), rank=rank, world=world)
+
+
+def write_snapshot(folder: Path, tensors: dict[str, Tensor], *, rank: int, world: int) -> ShardEntry:
+    """`write_shard` for tensors that come from `snapshot`."""
+    path = folder / f"shard-{rank:05d}-of-{world:05d}.safetensors"
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary))
+    except (OSError, SafetensorError) as error:  # the latter also for a full disk
+        raise CheckpointWriteError(f"{path}: cannot be written: {error}") from error
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
         "sha256": _sha256(path),
-        "tensors": {name: _describe(tensor) for name, tensor in copies.items()},
+        "tensors": {name: _describe(tensor) for name, tensor in tensors.items()},
     }
 
 
 def write_index(folder: Path, step: int, shards: Sequence[ShardEntry], values: Mapping[str, JSON]) -> None:
-    """Makes the checkpoint complete (one rank does, when all shards are written).
+    """Writes what makes the checkpoint complete (one rank does, when all shards are written).
 
-    Raises ValueError for a key that two shards hold, or a value that JSON cannot hold exactly.
+    Raises ValueError for a key that two shards hold, or a value that JSON cannot hold exactly;
+    CheckpointWriteError where it cannot be written.
     """
     tensors: dict[str, JSON] = {}
     for shard in shards:
@@ -150,35 +193,98 @@ def write_index(folder: Path, step: int, shards: Sequence[ShardEntry], values: M
         "values": dict(values),
     }
     content["sha256"] = _content_checksum(content)
-    write_text_atomically(folder / INDEX, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    try:
+        write_text_atomically(folder / INDEX, text)
+    except OSError as error:
+        raise CheckpointWriteError(f"{folder / INDEX}: cannot be written: {error}") from error
 
 
-def load(folder: Path) -> Checkpoint:
-    """Reads a checkpoint and verifies all of it: sizes, checksums, names, shapes, types.
+def publish(folder: Path) -> Path:
+    """Gives a checkpoint that is complete the name under which it is found; returns the folder.
 
-    Raises CheckpointError that names the file, and the key where one is at fault.
+    What a run that was resumed from an earlier step left under that name is removed, and so is what
+    interrupted writes up to that step left.
+    """
+    match = _UNFINISHED.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder}: is not the folder of an unfinished checkpoint")
+    step, directory = int(match[1]), folder.parent
+    finished = folder_of(directory, step)
+    if finished.exists():
+        _remove(finished)
+    folder.rename(finished)
+    flush_directory(directory)
+    # Of later steps may be the next one, which a faster rank has begun.
+    for leftover in directory.iterdir():
+        if (match := _UNFINISHED.fullmatch(leftover.name)) and int(match[1]) <= step:
+            _remove(leftover)
+    return finished
+
+
+def load(folder: Path, wanted: Wanted | None = None) -> Checkpoint:
+    """Reads the tensors that are `wanted` (all, without it) and verifies them: sizes, checksums, names, shapes, types.
+
+    The index is always verified, the shards only where they hold a tensor that is wanted. Raises
+    CheckpointError that names the file, and the key where one is at fault.
     """
     try:
-        return _load(folder)
+        return _load(folder, wanted)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read: {error}") from error
 
 
-def newest_valid(directory: Path) -> tuple[Checkpoint | None, list[Refused]]:
+def newest_valid(directory: Path, wanted: Wanted | None = None) -> tuple[Checkpoint | None, list[Refused]]:
     """The newest checkpoint that can be used, or None, and the newer ones that were refused, each with the reason."""
+    return newest_agreed(directory, wanted, lambda text: [text])
+
+
+def find_valid(directory: Path, wanted: Wanted | None = None) -> tuple[list[int], list[Refused]]:
+    """Steps of all checkpoints of which this process can use what it wants, newest first, and those it cannot use.
+
+    Every one of them is read: to continue a run, ask `newest_agreed`.
+    """
+    steps: list[int] = []
     refused: list[Refused] = []
     for folder in reversed(_folders(directory)):
-        complete = (folder / INDEX).is_file()
-        try:
-            return load(folder), refused
-        except CheckpointError as error:
-            refused.append(Refused(folder, str(error), complete))
+        finding, checkpoint = _examine(folder, wanted)
+        if checkpoint is not None:
+            steps.append(checkpoint.step)
+        else:
+            refused.append(Refused(folder, finding["reason"], finding["complete"]))
+    return steps, refused
+
+
+def newest_agreed(
+    directory: Path, wanted: Wanted | None, allgather: AllGather
+) -> tuple[Checkpoint | None, list[Refused]]:
+    """The newest checkpoint that every rank can use, or None, and the newer ones that were refused.
+
+    All ranks call it; each reads and verifies what it wants itself, newest first, and they stop at the first
+    that all of them can use. One that only some can use is refused on all, with the reasons of those that
+    cannot. Nothing is changed: `set_aside` is for one rank to call.
+
+    Raises CheckpointError, on all ranks, where one of them cannot list `directory`.
+    """
+    refused: list[Refused] = []
+    for name in _agreed_names(directory, allgather):
+        folder = directory / name
+        finding, checkpoint = _examine(folder, wanted)
+        findings = [cast(_Finding, json.loads(text)) for text in allgather(json.dumps(finding))]
+        reasons = _reasons([one["reason"] for one in findings])
+        if not reasons and len({one["index"] for one in findings}) > 1:
+            # A file system may show one rank what another rank no longer sees.
+            reasons = f"{folder / INDEX}: is not the same file for all ranks: are they on one file system?"
+        if not reasons:
+            return checkpoint, refused
+        refused.append(Refused(folder, reasons, any(one["complete"] for one in findings)))
     return None, refused
 
 
 def set_aside(refused: Sequence[Refused]) -> None:
-    """Takes refused checkpoints out of the way of a run that continues from an older one.
+    """Takes refused checkpoints out of the way of a run that continues from an older one (one rank does).
 
+    The other ranks need not wait for it: nothing that they write from then on has the name of a refused one.
     A damaged one is renamed to `refused-step-...` and left for its owner to look at; an unfinished one is
     removed.
     """
@@ -202,49 +308,104 @@ def prune(directory: Path, keep: int) -> None:
     if keep < 1:
         raise ValueError(f"keep is {keep}: at least the newest checkpoint has to stay")
     for leftover in directory.glob(f"{_UNFINISHED_REMOVAL}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     complete = [folder for folder in _folders(directory) if (folder / INDEX).is_file()]
     for folder in complete[:-keep]:
         _remove(folder)
 
 
 def _folders(directory: Path) -> list[Path]:
-    """Folders of checkpoints, complete or not, oldest first."""
+    """Folders of checkpoints, complete or not, oldest first; of a step, the unfinished ones first."""
     if not directory.is_dir():
         return []
-    found = [(match, path) for path in directory.iterdir() if (match := _FOLDER.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda item: int(item[0][1]))]
+    return sorted((path for path in directory.iterdir() if _age(path.name)), key=lambda path: _age(path.name))
+
+
+def _age(name: str) -> tuple[int, bool, str] | tuple[()]:
+    """Sorts names of checkpoints; empty for another name."""
+    match = _FOLDER.fullmatch(name) or _UNFINISHED.fullmatch(name)
+    return (int(match[1]), match.re is _FOLDER, name) if match else ()
+
+
+class _Finding(TypedDict):
+    """What a rank says to the others of a checkpoint."""
+
+    reason: str
+    """Why it cannot be used; empty where it can."""
+    complete: bool
+    index: str
+    """Checksum of the index; empty where the checkpoint cannot be used."""
+
+
+def _examine(folder: Path, wanted: Wanted | None) -> tuple[_Finding, Checkpoint | None]:
+    complete = _FOLDER.fullmatch(folder.name) is not None and (folder / INDEX).is_file()
+    try:
+        if _UNFINISHED.fullmatch(folder.name):
+            raise CheckpointError(f"{folder}: is unfinished: writing it was interrupted")
+        checkpoint = load(folder, wanted)
+        return {"reason": "", "complete": complete, "index": _sha256(folder / INDEX)}, checkpoint
+    except CheckpointError as error:
+        return {"reason": str(error), "complete": complete, "index": ""}, None
+    except OSError as error:  # the checkpoint was removed since it was read
+        return {"reason": f"{folder}: cannot be read: {error}", "complete": complete, "index": ""}, None
+
+
+def _agreed_names(directory: Path, allgather: AllGather) -> list[str]:
+    """Names of the folders of checkpoints that any rank sees, newest first."""
+    names: list[str] = []
+    problem = ""
+    try:
+        names = [folder.name for folder in _folders(directory)]
+    except OSError as error:
+        problem = f"{directory}: cannot be listed: {error}"
+    answers = [json.loads(text) for text in allgather(json.dumps([names, problem]))]
+    if problems := _reasons([problem for _, problem in answers]):
+        raise CheckpointError(problems)
+    return sorted({name for names, _ in answers for name in names}, key=_age, reverse=True)
+
+
+def _reasons(reasons: Sequence[str]) -> str:
+    """The reasons that ranks give, in the order of ranks, each once with those that give it; empty reasons left out."""
+    told: list[str] = []
+    for reason in dict.fromkeys(reason for reason in reasons if reason):
+        who = [str(rank) for rank, other in enumerate(reasons) if other == reason]
+        by = "" if len(who) == len(reasons) else f"rank{'s' if len(who) > 1 else ''} {', '.join(who)}: "
+        told.append(by + reason)
+    return "; ".join(told)
 
 
 def _remove(folder: Path) -> None:
     """Removes a checkpoint. It is renamed first, so that a half removed one is never taken for a checkpoint."""
-    doomed = folder.with_name(f"{_UNFINISHED_REMOVAL}{folder.name}")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    doomed = folder.with_name(f"{_UNFINISHED_REMOVAL}{folder.name}-{secrets.token_hex(4)}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    # A network file system keeps a file while another process has it open: `prune` removes the rest later.
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _load(folder: Path) -> Checkpoint:
+def _load(folder: Path, wanted: Wanted | None) -> Checkpoint:
     index = _read_index(folder)
     shards = _mapping(index, "shards", folder)
-    expected = _mapping(index, "tensors", folder)
-    tensors: dict[str, Tensor] = {}
-    for file, entry in shards.items():
-        path = folder / file
+    for listed, entry in shards.items():
         # A name with a path in it would make the loader read outside the folder.
-        if not _SHARD.fullmatch(file) or not isinstance(entry, dict):
-            raise CheckpointError(f"{folder / INDEX}: shards: {file!r} is not the name of a shard")
-        _verify_bytes(path, entry)
-        names = [name for name, at in expected.items() if isinstance(at, dict) and at.get("shard") == file]
-        tensors.update(_read_shard(path, {name: cast(TensorEntry, expected[name]) for name in names}))
-    for name in expected:
-        if name not in tensors:
+        if not _SHARD.fullmatch(listed) or not isinstance(entry, dict):
+            raise CheckpointError(f"{folder / INDEX}: shards: {listed!r} is not the name of a shard")
+    held: dict[str, dict[str, TensorEntry]] = {file: {} for file in shards}
+    for name, at in _mapping(index, "tensors", folder).items():
+        file = at.get("shard") if isinstance(at, dict) else None
+        if not isinstance(file, str) or file not in held:
             raise CheckpointError(f"{folder / INDEX}: the tensor {name!r} is in no shard that it lists")
+        held[file][name] = cast(TensorEntry, at)
     step = index.get("step")
     if not isinstance(step, int) or folder.name != folder_of(folder.parent, step).name:
         raise CheckpointError(f"{folder / INDEX}: step is {step!r}, which the folder's name does not say")
-    return Checkpoint(folder, step, tensors, _mapping(index, "values", folder))
+    values = _mapping(index, "values", folder)
+    tensors: dict[str, Tensor] = {}
+    for shard, expected in held.items():
+        chosen = [name for name in expected if wanted is None or wanted(name)]
+        if chosen or wanted is None:
+            _verify_bytes(folder / shard, cast(dict[str, JSON], shards[shard]))
+            tensors |= _read_shard(folder / shard, expected, chosen)
+    return Checkpoint(folder, step, tensors, values)
 
 
 def _read_index(folder: Path) -> dict[str, JSON]:
@@ -283,13 +444,13 @@ def _verify_bytes(path: Path, entry: dict[str, JSON]) -> None:
         raise CheckpointError(f"{path}: its content does not match its checksum (sha256): it was changed or damaged")
 
 
-def _read_shard(path: Path, expected: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
+def _read_shard(path: Path, expected: Mapping[str, TensorEntry], chosen: Sequence[str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             found = set(file.keys())
             if found != expected.keys():
                 raise CheckpointError(f"{path}: {_difference(found, set(expected))} its index")
-            tensors = {name: file.get_tensor(name) for name in expected}
+            tensors = {name: file.get_tensor(name) for name in chosen}
     except SafetensorError as error:
         raise CheckpointError(f"{path}: is not a safetensors file: {error}") from error
     for name, tensor in tensors.items():

@@ -28,15 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return evaluate_run(arguments.run)
         if arguments.resume is not None:
-            if words or arguments.check:
-                extra = words[0] if words else "--check"
-                raise errors.UserError(f"--resume continues a run as it was configured: leave out {extra!r}")
-            from .train import resume_training
-
-            return resume_training(arguments.resume)
+            return _resume(arguments.resume, words, check_only=arguments.check)
         return _train(words, check_only=arguments.check)
     except errors.UserError as error:
-        print(f"gtddp: error: {error}", file=sys.stderr)
+        if str(error):
+            print(f"gtddp: error: {error}", file=sys.stderr)
         return error.exit_code
 
 
@@ -52,6 +48,22 @@ def _train(words: list[str], *, check_only: bool) -> int:
     from .train import run_training
 
     return run_training(config, Path(name).stem)
+
+
+_GRID_KEYS = ("parallel.", "train.replica_groups=")
+
+
+def _resume(run: Path, words: list[str], *, check_only: bool) -> int:
+    """Continue a run; only the grid may be another."""
+    other = [word for word in words if not word.startswith(_GRID_KEYS)] + (["--check"] if check_only else [])
+    if other:
+        raise errors.UserError(
+            f"--resume continues a run as it was configured, but for parallel.*: leave out {other[0]!r}"
+        )
+    grid = load_config(str(run / "config.yaml"), words) if words else None
+    from .train import resume_training
+
+    return resume_training(run, grid)
 
 
 def _summary(config: Config) -> str:
@@ -83,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a network, or continue a run",
-        usage="gtddp train CONFIG [key=value ...] [--check]\n       gtddp train --resume RUN",
+        usage="gtddp train CONFIG [key=value ...] [--check]\n       gtddp train --resume RUN [parallel.key=value ...]",
         description="Train a network as a config says, in a new run directory; or continue a run.",
         epilog=(
             f"shipped configs: {', '.join(shipped_configs())}\n{_EXIT_CODES}\n\n"

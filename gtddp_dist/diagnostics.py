@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,42 +72,81 @@ class StepFacts:
         ]
         self.predicted_decrease = -torch.stack(terms).sum()
 
-    def figures(self) -> dict[str, float]:
-        """Numbers for a log; empty after a step without feedback.
-
-        Returns:
-            ``open_gain``: norm of all players' open gains in the metric R, sqrt(sum k^T R k).
-            ``feedback_ratio``: norm of the feedback's part of the controls, over ``open_gain``.
-            ``gram_min``, ``gram_max``: range of the eigenvalues of the players' Gram matrices.
-            ``clamped``: share of the value Hessian's entries set to zero ("replace" only).
-            ``radius``: largest spectral radius of M H ("replace" only); above 1 the recursion amplifies.
-            ``predicted_decrease``: of the objective, by the recursion's own model (loss-gradient cotangent only).
-        """
-        facts = [f for of_player in self.players.values() for f in of_player]
-        if not facts:
-            return {}
-        open2 = feedback2 = 0.0
-        low, high = float("inf"), 0.0
-        for f in facts:
+    def totals(self) -> Totals:
+        """What :func:`figures` needs, in numbers that add up over parts of the step. Waits for the device."""
+        totals = Totals()
+        for f in (f for of_player in self.players.values() for f in of_player):
             H, q = f.gains.gram, f.gains.response
             eigenvalues = torch.linalg.eigvalsh(H)
-            low, high = min(low, float(eigenvalues[0])), max(high, float(eigenvalues[-1]))
+            totals.gram_min = min(totals.gram_min, float(eigenvalues[0]))
+            totals.gram_max = max(totals.gram_max, float(eigenvalues[-1]))
+            totals.players += 1
+            totals.clamped += float(f.report.clamped)
+            totals.radius = max(totals.radius, float(f.report.radius.nan_to_num(-1.0)))
             if f.policy is None or f.applied_v is None:
                 continue
             v, _ = forward_stage(f.policy, torch.zeros_like(f.applied_v))  # without feedback
             dv = f.applied_v - v
-            open2 += f.share * float(f.gains.base_norm2 + 2 * q @ v + v @ H @ v)
-            feedback2 += f.share * float(dv @ H @ dv)
-        figures = {
-            "open_gain": max(open2, 0.0) ** 0.5,
-            "feedback_ratio": (max(feedback2, 0.0) / open2) ** 0.5 if open2 > 0 else 0.0,
-            "gram_min": low,
-            "gram_max": high,
-        }
-        radius = torch.stack([f.report.radius for f in facts]).max()
-        if not bool(radius.isnan()):
-            figures["radius"] = float(radius)
-            figures["clamped"] = float(torch.stack([f.report.clamped for f in facts]).mean())
+            totals.open2 += f.share * float(f.gains.base_norm2 + 2 * q @ v + v @ H @ v)
+            totals.feedback2 += f.share * float(dv @ H @ dv)
         if self.predicted_decrease is not None:
-            figures["predicted_decrease"] = float(self.predicted_decrease)
-        return figures
+            totals.predicted_decrease = float(self.predicted_decrease)
+        return totals
+
+
+@dataclass
+class Totals:
+    """Numbers of a part of a step; those of several parts join to those of the whole."""
+
+    players: float = 0.0
+    open2: float = 0.0
+    feedback2: float = 0.0
+    gram_min: float = math.inf
+    gram_max: float = 0.0
+    radius: float = -1.0
+    clamped: float = 0.0
+    predicted_decrease: float = math.nan
+
+    @classmethod
+    def joined(cls, parts: Iterable[Totals]) -> Totals:
+        """Of parts with other players, other samples, or both."""
+        whole = cls()
+        for part in parts:
+            whole.players += part.players
+            whole.open2 += part.open2
+            whole.feedback2 += part.feedback2
+            whole.clamped += part.clamped
+            whole.gram_min = min(whole.gram_min, part.gram_min)
+            whole.gram_max = max(whole.gram_max, part.gram_max)
+            whole.radius = max(whole.radius, part.radius)
+            if not math.isnan(part.predicted_decrease):
+                before = 0.0 if math.isnan(whole.predicted_decrease) else whole.predicted_decrease
+                whole.predicted_decrease = before + part.predicted_decrease
+        return whole
+
+
+def figures(totals: Totals) -> dict[str, float]:
+    """Numbers for a log; empty after a step without feedback.
+
+    Returns:
+        ``open_gain``: norm of all players' open gains in the metric R, sqrt(sum k^T R k).
+        ``feedback_ratio``: norm of the feedback's part of the controls, over ``open_gain``.
+        ``gram_min``, ``gram_max``: range of the eigenvalues of the players' Gram matrices.
+        ``clamped``: share of the value Hessian's entries set to zero ("replace" only).
+        ``radius``: largest spectral radius of M H ("replace" only); above 1 the recursion amplifies.
+        ``predicted_decrease``: of the objective, by the recursion's own model (loss-gradient cotangent only).
+    """
+    if not totals.players:
+        return {}
+    open2 = totals.open2
+    told = {
+        "open_gain": max(open2, 0.0) ** 0.5,
+        "feedback_ratio": (max(totals.feedback2, 0.0) / open2) ** 0.5 if open2 > 0 else 0.0,
+        "gram_min": totals.gram_min,
+        "gram_max": totals.gram_max,
+    }
+    if totals.radius >= 0:
+        told |= {"radius": totals.radius, "clamped": totals.clamped / totals.players}
+    if not math.isnan(totals.predicted_decrease):
+        told["predicted_decrease"] = totals.predicted_decrease
+    return told

@@ -29,6 +29,14 @@ class UserError(Exception):
     exit_code: int = BAD_INPUT
 
 
+class ToldElsewhere(UserError):
+    """Another rank tells the user what is wrong; this one only ends, with the same exit code."""
+
+    def __init__(self, exit_code: int = BAD_INPUT) -> None:
+        super().__init__("")
+        self.exit_code = exit_code
+
+
 class ConfigError(UserError):
     """A configuration that cannot be used. The message lists every problem found, not only the first."""
 

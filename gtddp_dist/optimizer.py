@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .capture import Capture, Cotangents, MicroBatch, Stream
 from .collectives import ALONE, Collectives
 from .curvature import Controls, Curvature
-from .diagnostics import StepFacts
+from .diagnostics import StepFacts, figures
 from .errors import OptionError, StepError
 from .groups import RecursionGroup, StepSamples, recursion_groups
 from .inspection import ExplicitPolicy, ExplicitValue, Inspector
@@ -21,7 +21,7 @@ from .step import Step
 from .sweep import Value
 from .terminal import exact_cotangents, sampled_cotangents
 from .tracing import Projection, trace
-from .trajectory import Player, Trajectory, from_stages
+from .trajectory import Player, Traced, from_stages
 
 
 class GTDDP(torch.optim.Optimizer):
@@ -40,7 +40,6 @@ class GTDDP(torch.optim.Optimizer):
         curvature: the base optimizer: ``curvature.SGD``, ``RMSprop``, ``Adam``, ``AdamW``.
         param_groups: as torch's; every trainable parameter of the model in exactly one. None: one group.
         stages: the stages by hand, for a model that cannot be traced: modules that take and return live tensors.
-        trajectory: one that is traced already; of a rank of several, its segment of it.
         plain_modules: names of modules whose parameters get the base update without feedback.
         plain_parameters: names of single parameters that do, while their module is traced through.
         projection: "cooperative": a projection shortcut joins the last player of its main path; "separate": it is a
@@ -64,7 +63,6 @@ class GTDDP(torch.optim.Optimizer):
         *,
         param_groups: Iterable[dict[str, object]] | None = None,
         stages: Sequence[nn.Module] | None = None,
-        trajectory: Trajectory | None = None,
         plain_modules: Collection[str] = (),
         plain_parameters: Collection[str] = (),
         projection: Projection = "cooperative",
@@ -82,8 +80,13 @@ class GTDDP(torch.optim.Optimizer):
                 "fisher='sampled' and statistics='value' exclude each other: factors are made of sampled labels or of "
                 "the value function"
             )
-        if trajectory is not None:
-            self.trajectory = trajectory
+        if isinstance(model, Traced):
+            if stages is not None or plain_modules or plain_parameters or projection != "cooperative":
+                raise OptionError(
+                    "stages, plain_modules, plain_parameters and projection say how a model is traced; this segment "
+                    "is traced already: give them to gtddp_dist.initialize"
+                )
+            self.trajectory = model.trajectory
         elif stages is None:
             self.trajectory = trace(model, plain_modules, plain_parameters, projection)
         elif projection != "cooperative":
@@ -382,8 +385,8 @@ class GTDDP(torch.optim.Optimizer):
     # Looking at it
 
     def diagnostics(self) -> dict[str, float]:
-        """Figures of the last step: see :meth:`gtddp_dist.diagnostics.StepFacts.figures`. Waits for the device."""
-        return {**self._facts.figures(), "skipped_steps": float(self.skipped_steps)}
+        """Figures of the last step: see :func:`gtddp_dist.diagnostics.figures`. Waits for the device."""
+        return {**figures(self._facts.totals()), "skipped_steps": float(self.skipped_steps)}
 
     def value(self, cut: int, group: int = 0) -> ExplicitValue:
         """V_z and V_zz at a cut in the last step, in explicit form (needs ``inspect=True``; small nets)."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,8 +18,9 @@ from .data.batches import BatchOrder
 from .environment import select_device
 from .errors import ConfigError
 from .registry import DATA_SETS, MODELS, OPTIMIZERS, load_object
+from .team import SOLO, Team
 from .training_state import Progress, TrainingState
-from .training_step import Precision, TrainingStep, evaluate
+from .training_step import Precision, StepResult, TrainingStep, evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +32,47 @@ class Parts:
     model: nn.Module
     optimizer: Optimizer
     scheduler: LambdaLR
-    step: TrainingStep
+    step: StepFunction
     state: TrainingState
     precision: Precision
     order: BatchOrder
     total_steps: int
+    parameters: int
+    """Numbers that are trained, on all ranks."""
+    team: Team = SOLO
 
     def validate(self) -> dict[str, float]:
         """Mean loss and accuracy on the validation set, as `val/loss` and `val/accuracy`."""
         return validate(self.config, self.model, self.data, self.precision)
+
+    def diagnostics(self, images: Tensor, labels: Tensor, loss: float) -> dict[str, float]:
+        """What the optimizer tells about its step, as `gtddp/<name>`; with a predicted decrease also the actual one.
+
+        The actual decrease is that of the loss on the step's own batch, which costs another forward pass.
+        """
+        tell = getattr(self.optimizer, "diagnostics", None)
+        if tell is None:
+            return {}
+        told = {f"gtddp/{name}": float(value) for name, value in tell().items()}
+        if "gtddp/predicted_decrease" in told:
+            told["gtddp/actual_decrease"] = loss - self.step.loss_now(images, labels)
+        return told
+
+    def resources(self, steps: int) -> dict[str, float]:
+        """What each rank did and used over so many steps since the last call; nothing for one process."""
+        return {}
+
+
+class StepFunction(Protocol):
+    """One training step on a whole batch, whoever holds the network."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
+        """Trains on images (B, C, H, W) and labels (B,)."""
+        ...
+
+    def loss_now(self, images: Tensor, labels: Tensor) -> float:
+        """The loss of a batch in training mode, changing neither buffers nor random state."""
+        ...
 
 
 def build(config: Config) -> Parts:
@@ -56,10 +89,7 @@ def build(config: Config) -> Parts:
     total_steps = config.train.steps or config.train.epochs * order.steps_per_epoch
     torch.manual_seed(config.train.seed)
     model = build_model(config, data, precision)
-    new_optimizer = cast(
-        Callable[[nn.Module, Config], Optimizer], load_object(OPTIMIZERS[config.optimizer.name].builder)
-    )
-    optimizer = new_optimizer(model, config)
+    optimizer = new_optimizer_of(config)(model, config)
     scheduler = LambdaLR(optimizer, lambda step: schedule.factor(config.schedule, step, total_steps))
     scaler = precision.new_scaler()
     return Parts(
@@ -73,7 +103,13 @@ def build(config: Config) -> Parts:
         precision=precision,
         order=order,
         total_steps=total_steps,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def new_optimizer_of(config: Config) -> Callable[[nn.Module, Config], Optimizer]:
+    """What builds the optimizer that `optimizer.name` names."""
+    return cast(Callable[[nn.Module, Config], Optimizer], load_object(OPTIMIZERS[config.optimizer.name].builder))
 
 
 def load_data(config: Config) -> DataSet:

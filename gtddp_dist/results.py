@@ -39,7 +39,7 @@ def summarise(parts: Parts, records: Sequence[Record]) -> dict[str, JSON]:
         "val/accuracy_best": best.get("val/accuracy"),
         "val/accuracy_best_step": int(best["step"]) if "val/accuracy" in best else None,
         "skipped_steps": progress.skipped,
-        "parameters": sum(parameter.numel() for parameter in parts.model.parameters()),
+        "parameters": parts.parameters,
         "seed": config.train.seed,
         "config_sha256": config_hash(config),
     }

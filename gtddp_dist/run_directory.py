@@ -1,6 +1,7 @@
 """The directory that holds everything of one run.
 
 config.yaml          every option with its value
+layout.json          number of ranks -> where the network was cut (runs on several ranks)
 environment.json     versions, hardware, revision of the code; one more entry for each resume
 metrics.jsonl        an object a line, by increasing step
 tb/                  the same numbers for TensorBoard, one curve across restarts
@@ -16,7 +17,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ from typing import cast
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import JSON, CheckpointError
@@ -34,6 +35,7 @@ from .config_schema import Config
 from .environment import describe_environment
 from .errors import UserError
 from .files import write_atomically, write_text_atomically
+from .team import Team
 
 DEFAULT_PARENT = Path("runs")
 _LOCK = ".lock"
@@ -56,6 +58,7 @@ class RunDirectory:
         self.curves = path / "curves.png"
         self.summary_file = path / "summary.json"
         self.baseline = path / "baseline"
+        self.layout_file = path / "layout.json"
 
     def read_config(self) -> Config:
         """The configuration of the run. Raises UserError where there is none or it is not valid."""
@@ -90,10 +93,30 @@ class RunDirectory:
         """Writes `summary.json`."""
         write_text_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def write_model(self, model: nn.Module, step: int) -> None:
+    def keep_layout(self, team: Team, cuts: Sequence[int] | None) -> None:
+        """Rank 0: keeps where the network is cut on this grid, for a start that continues the run there."""
+        if cuts is not None and team.rank == 0:
+            kept = self._layouts() | {str(team.world): list(cuts)}
+            write_text_atomically(self.layout_file, json.dumps(kept, indent=2) + "\n")
+
+    def read_layout(self, config: Config) -> tuple[int, ...] | None:
+        """Where an earlier start of the run cut the network on that many ranks; None where none did."""
+        cuts = self._layouts().get(str(config.parallel.pipe * config.parallel.data))
+        return tuple(cuts) if cuts is not None and len(cuts) == config.parallel.pipe - 1 else None
+
+    def _layouts(self) -> dict[str, list[int]]:
+        if not self.layout_file.is_file():
+            return {}
+        try:
+            return cast(dict[str, list[int]], json.loads(self.layout_file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise UserError(
+                f"{self.layout_file}: is not JSON: {error}; without the file cuts are found anew"
+            ) from error
+
+    def write_model(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Writes `model.safetensors`, which says at which step it was taken."""
-        # A copy of each tensor: safetensors takes none that share memory.
-        tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         metadata = {"format": "pt", "step": str(step)}
         write_atomically(self.model_file, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -231,6 +254,24 @@ class MetricsLog:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+class NoLog:
+    """What ranks other than the first have for a log."""
+
+    def write(self, step: int, measured: Mapping[str, float]) -> None:
+        """Nothing: the first rank writes for all."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing."""
 
 
 def read_metrics(run: RunDirectory) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,62 +10,152 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
-from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from . import checkpoint
-from .checkpoint import Checkpoint, CheckpointError
+from .checkpoint import Checkpoint, CheckpointError, Wanted
+from .checkpoint_writer import Writer
 from .config_schema import Config, OptimizerConfig, RunConfig
 from .environment import select_device
-from .errors import FAILED, OK, REQUEUE, UserError
-from .launch import StopRequest, launcher
+from .errors import FAILED, OK, REQUEUE, ToldElsewhere, UserError
+from .launch import Ranks, StopRequest, launch
 from .parts import Parts, build, build_model, load_data, validate
 from .plots import plot_curves
 from .registry import OPTIMIZERS
 from .results import results_table, summarise, where_things_are
-from .run_directory import MetricsLog, Record, RunDirectory, existing_run, new_run, read_metrics
-from .training_state import load_model_tensors, model_tensors_of
+from .run_directory import MetricsLog, NoLog, Record, RunDirectory, existing_run, new_run, read_metrics
+from .team import SOLO, Team
+from .training_state import attempt_name, load_model_tensors, model_tensors_of
 from .training_step import Precision
 
 
 def run_training(config: Config, config_name: str) -> int:
     """Trains as `config` says, in a new run directory named after `config_name` where `run.dir` gives no
-    other.
+    other; on as many ranks as `parallel` says.
 
     Returns an exit code of `gtddp_dist.errors`; raises UserError for bad input, before anything is written.
     """
 
-    def work(stop: StopRequest) -> int:
-        parts = build(config)  # before the run directory: what cannot be built leaves none behind
-        with new_run(config, config_name) as run:
-            print(f"{run.path}: {config.optimizer.name}, {config.model.name}, {config.data.name}, ", end="")
-            print(f"{parts.total_steps} steps of {config.train.batch_size} samples", flush=True)
-            return finish(config, run, stop, train(parts, run, stop))
+    def work(stop: StopRequest, ranks: Ranks) -> int:
+        with assembled(config, ranks) as builder:
+            parts = builder.build(config)  # before the run directory: what cannot be built leaves none behind
+            with opened(parts.team, lambda: new_run(config, config_name)) as run:
+                run.keep_layout(parts.team, builder.layout)
+                tell(
+                    parts.team,
+                    f"{run.path}: {config.optimizer.name}, {config.model.name}, {config.data.name}, ",
+                    end="",
+                )
+                tell(parts.team, f"{parts.total_steps} steps of {config.train.batch_size} samples")
+                return finish(config, run, stop, builder, train(parts, run, stop))
 
-    return launcher("single").launch(work)
+    return launch(work, config.parallel.pipe * config.parallel.data)
 
 
-def resume_training(run_dir: Path) -> int:
-    """Continues the run in `run_dir` from its newest valid checkpoint; does nothing where it has ended.
+def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
+    """Continues the run in `run_dir` from its newest valid checkpoint, on the grid that it had or on another; does
+    nothing where it has ended.
+
+    Args:
+        run_dir: of the run.
+        on_grid: its configuration with another grid; None: the one that it had.
 
     Returns an exit code of `gtddp_dist.errors`; raises UserError where there is no run, or no checkpoint to
     use.
     """
+    written = RunDirectory(run_dir).read_config()
+    config = written if on_grid is None else on_grid
 
-    def work(stop: StopRequest) -> int:
-        with existing_run(run_dir) as run:
-            config = run.read_config()
-            if is_finished(config, run):
-                print(f"{run.path} has ended already: nothing to do")
-                return OK
-            code = OK if has_trained(run) else resume(config, run, stop)
-            return finish(config, run, stop, code)
+    def work(stop: StopRequest, ranks: Ranks) -> int:
+        known = RunDirectory(run_dir).read_layout(config)
+        with assembled(config, ranks, known, f"continue it with: gtddp train --resume {run_dir}") as builder:
+            team = builder.team
+            with opened(team, lambda: existing_run(run_dir)) as run:
+                done = is_finished(config, run)
+                if team.any(done)[0]:
+                    tell(team, f"{run.path} has ended already: nothing to do")
+                    return OK
+                run.keep_layout(team, builder.layout)
+                code = OK if has_trained(run) else resume(config, run, stop, builder)
+                return finish(config, run, stop, builder, code)
 
-    return launcher("single").launch(work)
+    return launch(work, config.parallel.pipe * config.parallel.data)
+
+
+class Builder(Protocol):
+    """Builds the parts of runs on the ranks that are there."""
+
+    team: Team
+    layout: tuple[int, ...] | None
+    """Where the network is cut; None in one process."""
+
+    def build(self, config: Config) -> Parts:
+        """Parts of a run at its start."""
+        ...
+
+
+class SoloBuilder:
+    """Builds runs of one process."""
+
+    team: Team = SOLO
+    layout: tuple[int, ...] | None = None
+
+    def build(self, config: Config) -> Parts:
+        return build(config)
+
+
+@contextlib.contextmanager
+def assembled(
+    config: Config,
+    ranks: Ranks,
+    cuts: Sequence[int] | None = None,
+    advice: str = "continue it with gtddp train --resume",
+) -> Iterator[Builder]:
+    """The ranks of a run, met, while the block runs.
+
+    Args:
+        config: of the run.
+        ranks: this one among the others.
+        cuts: where the network was cut by an earlier start of the run on the same grid.
+        advice: what to do once a rank is lost.
+    """
+    if ranks.world == 1:
+        yield SoloBuilder()
+        return
+    try:
+        from .pipeline.parts import RankBuilder, met
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"training on {ranks.world} ranks needs {error.name}, which is not installed: pip install "
+            "'gtddp-dist[cluster]'"
+        ) from error
+    with met(config, ranks, cuts, advice) as (grid, prepared):
+        yield RankBuilder(grid, prepared)
+
+
+@contextlib.contextmanager
+def opened(team: Team, open_run: Callable[[], AbstractContextManager[RunDirectory]]) -> Iterator[RunDirectory]:
+    """A run directory that rank 0 opens, and holds the lock of, for all ranks."""
+    with contextlib.ExitStack() as stack:
+        path, problem = "", ""
+        if team.rank == 0:
+            try:
+                path = str(stack.enter_context(open_run()).path.absolute())
+            except UserError as error:
+                problem = str(error)
+        path, problem = json.loads(team.gather_text(json.dumps([path, problem]))[0])
+        if problem:
+            raise UserError(problem) if team.rank == 0 else ToldElsewhere
+        own = Path(path)
+        if team.rank == 0 and own.is_relative_to(Path.cwd()):
+            own = own.relative_to(Path.cwd())
+        yield RunDirectory(own)
 
 
 def evaluate_run(run_dir: Path) -> int:
@@ -95,45 +186,55 @@ def evaluate_run(run_dir: Path) -> int:
     return OK
 
 
-def resume(config: Config, run: RunDirectory, stop: StopRequest) -> int:
+def resume(config: Config, run: RunDirectory, stop: StopRequest, builder: Builder) -> int:
     """`train` from the newest valid checkpoint of a run."""
-    newest = newest_checkpoint(run, claim=True)
-    parts = build(config)
+    parts = builder.build(config)
+    newest = newest_checkpoint(run, parts.team, parts.state.wanted)
     parts.state.restore(newest)
-    print(f"continues {run.path} at step {newest.step} of {parts.total_steps}")
+    tell(parts.team, f"continues {run.path} at step {newest.step} of {parts.total_steps}")
     return train(parts, run, stop, newest.step)
 
 
 def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | None = None) -> int:
     """Trains to the end and writes the results; `from_step` is the step of the checkpoint that `parts` come
-    from.
+    from. All ranks run it; rank 0 alone writes what is no shard of a checkpoint, and speaks.
 
     Returns OK, REQUEUE where `stop` asked to end early, or FAILED after too many non-finite steps in a row;
     in either of the latter cases there is a checkpoint of the last step.
     """
-    config, progress, saved = parts.config, parts.state.progress, from_step
-    run.record_start(progress.step)
+    config, progress, team, saved = parts.config, parts.state.progress, parts.team, from_step
+    leads = team.rank == 0
+    if leads:
+        run.record_start(progress.step)
     with (
-        MetricsLog(run, tensorboard=config.log.tensorboard, from_step=from_step) as log,
+        MetricsLog(run, tensorboard=config.log.tensorboard, from_step=from_step) if leads else NoLog() as log,
         progress_bar(parts) as bar,
+        Writer(run.checkpoints, team.rank, team.world, config.checkpoint.keep) as writer,
     ):
 
         def save() -> None:
             nonlocal saved
             if saved != progress.step:
                 log.flush()
-                tensors, values = parts.state.collect()
-                checkpoint.save(run.checkpoints, progress.step, tensors, values, config.checkpoint.keep)
+                if team.any(writer.failed())[0]:
+                    writer.wait()
+                    raise ToldElsewhere(FAILED)  # rank 0 hears of it from the one that failed
+                tensors, values, rank_values = parts.state.collect()
+                name = attempt_name(team)
+                writer.save(progress.step, tensors, values, rank_values=rank_values, attempt=name)
                 saved = progress.step
 
         save()  # of step 0: a run that dies before its first periodic checkpoint can be resumed all the same
         while progress.step < parts.total_steps:
-            if stop.requested:
+            if team.any(stop.requested)[0]:
                 save()
-                say(f"stopped by {stop.reason} at step {progress.step}, with a checkpoint")
+                writer.wait()
+                reason = stop.reason if stop.requested else "a signal to another rank"
+                say(team, f"stopped by {reason} at step {progress.step}, with a checkpoint")
                 return REQUEUE
-            batch = parts.order.batch_indices(progress.step).to(parts.precision.device)
-            images, labels = parts.data.train_images[batch], parts.data.train_labels[batch]
+            batch = parts.order.batch_indices(progress.step)
+            images = parts.data.train_images[batch.to(parts.data.train_images.device)]
+            labels = parts.data.train_labels[batch.to(parts.data.train_labels.device)]
             rate = parts.optimizer.param_groups[0]["lr"]
             started = time.perf_counter()
             result = parts.step(images, labels)
@@ -144,9 +245,11 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
             if result.refused:
                 measured["train/skipped"] = progress.skipped
             if is_due(config.log.every, parts):
+                steps = progress.step - progress.window_start
                 measured |= progress.close_window(config.train.batch_size) | {"lr": rate}
+                measured |= parts.resources(steps)
                 if not result.refused:
-                    measured |= diagnostics(parts, images, labels, result.loss)
+                    measured |= parts.diagnostics(images, labels, result.loss)
             if is_due(config.eval.every or parts.order.steps_per_epoch, parts):
                 measured |= parts.validate()
             if measured:
@@ -156,15 +259,23 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                 save()
             if progress.skipped_in_a_row >= config.train.max_nonfinite:
                 save()
+                writer.wait()
                 say(
+                    team,
                     f"gtddp: error: stopped at step {progress.step}: the loss or the gradient of the last "
                     f"{progress.skipped_in_a_row} steps (train.max_nonfinite) was not finite. The weights are those "
-                    f"before them ({run.checkpoints}). Try a lower optimizer.lr, train.clip_norm, or look at the data"
+                    f"before them ({run.checkpoints}). Try a lower optimizer.lr, train.clip_norm, or look at the data",
                 )
-                run.write_summary(summarise(parts, read_metrics(run)))
+                if leads:
+                    run.write_summary(summarise(parts, read_metrics(run)))
                 return FAILED
-    run.write_model(parts.model, progress.step)
-    run.write_summary(summarise(parts, read_metrics(run)))
+    if leads:  # the last step's checkpoint is whole by now: it has the network of all ranks
+        last = checkpoint.load(
+            checkpoint.folder_of(run.checkpoints, progress.step), lambda key: key.startswith("model/")
+        )
+        run.write_model(model_tensors_of(last), progress.step)
+        run.write_summary(summarise(parts, read_metrics(run)))
+    team.any()  # whoever goes on finds the summary
     return OK
 
 
@@ -182,36 +293,23 @@ def advance(scheduler: LambdaLR) -> None:
         scheduler.step()
 
 
-def diagnostics(parts: Parts, images: Tensor, labels: Tensor, loss: float) -> Record:
-    """What the optimizer tells about its step, as `gtddp/<name>`; with a predicted decrease also the actual
-    one.
+def newest_checkpoint(run: RunDirectory, team: Team = SOLO, wanted: Wanted | None = None) -> Checkpoint:
+    """The newest checkpoint of a run that all ranks can use; says which newer ones cannot, and why.
 
-    The actual decrease is that of the loss on the step's own batch, which costs another forward pass.
+    With several ranks, or with `wanted`, for a run that continues: those are taken out of its way
+    (`checkpoint.set_aside`). Raises CheckpointError where no checkpoint can be used.
     """
-    tell = getattr(parts.optimizer, "diagnostics", None)
-    if tell is None:
-        return {}
-    told = {f"gtddp/{name}": float(value) for name, value in tell().items()}
-    if "gtddp/predicted_decrease" in told:
-        told["gtddp/actual_decrease"] = loss - parts.step.loss_now(images, labels)
-    return told
-
-
-def newest_checkpoint(run: RunDirectory, *, claim: bool = False) -> Checkpoint:
-    """The newest checkpoint of a run that can be used; says which newer ones cannot, and why.
-
-    With `claim`, these are taken out of the way of the run that continues (`checkpoint.set_aside`). Raises
-    CheckpointError where no checkpoint can be used.
-    """
-    newest, refused = checkpoint.newest_valid(run.checkpoints)
+    newest, refused = checkpoint.newest_agreed(run.checkpoints, wanted, team.gather_text)
     for item in refused:
-        say(f"gtddp: warning: checkpoint not used: {item.reason}")
+        say(team, f"gtddp: warning: checkpoint not used: {item.reason}")
     if newest is None:
         reason = "none can be used" if refused else "there is none"
+        if team.rank != 0:
+            raise ToldElsewhere
         raise CheckpointError(
             f"{run.path} cannot be continued: of its checkpoints ({run.checkpoints}) {reason}: start a new run"
         )
-    if claim:
+    if wanted is not None and team.rank == 0:
         checkpoint.set_aside(refused)
     return newest
 
@@ -228,19 +326,19 @@ def has_trained(run: RunDirectory) -> bool:
     return summary is not None and summary["finished"] is True
 
 
-def finish(config: Config, run: RunDirectory, stop: StopRequest, code: int) -> int:
+def finish(config: Config, run: RunDirectory, stop: StopRequest, builder: Builder, code: int) -> int:
     """What follows on training, which ended with the exit code `code`; returns that of the whole run.
 
     After OK: the baseline where `run.baseline` asks for it, then `curves.png`, and the results in print.
     """
     if code == OK and config.run.baseline:
-        code = train_baseline(config, run, stop)
+        code = train_baseline(config, run, stop, builder)
         if code == FAILED:
             code = OK  # that the base optimizer diverges at these settings is a result: the table says so
-    if code == OK:
+    if code == OK and builder.team.rank == 0:
         report(config, run)
     if code == REQUEUE:
-        say(f"continue with: gtddp train --resume {run.path}")
+        say(builder.team, f"continue with: gtddp train --resume {run.path}")
     return code
 
 
@@ -258,20 +356,21 @@ def report(config: Config, run: RunDirectory) -> None:
     print(where_things_are(config, run))
 
 
-def train_baseline(config: Config, run: RunDirectory, stop: StopRequest) -> int:
+def train_baseline(config: Config, run: RunDirectory, stop: StopRequest, builder: Builder) -> int:
     """Trains the base optimizer at the same settings in `baseline/`, or continues that."""
-    base = baseline_config(config, run)
+    base, team = baseline_config(config, run), builder.team
     there = RunDirectory(run.baseline)
-    if there.read_summary() is not None:
-        return OK  # it has ended, one way or the other
-    print(f"now the base optimizer, {base.optimizer.name}, at the same settings", flush=True)
-    if any(there.checkpoints.glob(f"*/{checkpoint.INDEX}")):
-        with existing_run(there.path):
-            return resume(base, there, stop)
-    if there.path.exists():
+    ended, begun = team.any(there.read_summary() is not None, any(there.checkpoints.glob(f"*/{checkpoint.INDEX}")))
+    if ended:
+        return OK  # one way or the other
+    tell(team, f"now the base optimizer, {base.optimizer.name}, at the same settings")
+    if begun:
+        with opened(team, lambda: existing_run(there.path)):
+            return resume(base, there, stop, builder)
+    if team.rank == 0 and there.path.exists():
         shutil.rmtree(there.path)  # a start that died before its first checkpoint
-    parts = build(base)
-    with new_run(base, base.optimizer.name) as created:
+    parts = builder.build(base)
+    with opened(team, lambda: new_run(base, base.optimizer.name)) as created:
         return train(parts, created, stop)
 
 
@@ -296,7 +395,7 @@ def progress_bar(parts: Parts) -> tqdm[NoReturn]:
         initial=parts.state.progress.step,
         desc=parts.config.optimizer.name,
         unit="step",
-        disable=not parts.config.log.progress or not (terminal or "CI" not in os.environ),
+        disable=parts.team.rank != 0 or not parts.config.log.progress or not (terminal or "CI" not in os.environ),
         mininterval=0.1 if terminal else 30.0,
         dynamic_ncols=True,
     )
@@ -310,6 +409,13 @@ def show(bar: tqdm[NoReturn], measured: Record) -> None:
     bar.update()
 
 
-def say(message: str) -> None:
-    """A line on stderr that leaves the progress bar whole."""
-    tqdm.write(message, file=sys.stderr)
+def say(team: Team, message: str) -> None:
+    """A line on stderr, from rank 0, that leaves the progress bar whole."""
+    if team.rank == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
+def tell(team: Team, message: str, end: str = "\n") -> None:
+    """A line on stdout, from rank 0."""
+    if team.rank == 0:
+        print(message, end=end, flush=True)

@@ -1,15 +1,16 @@
 """Everything a run needs to continue exactly: as tensors and values of a checkpoint, and back.
 
-Optimizer state is keyed by the name of its parameter, not by a position in a list, so that a checkpoint can
-be read by a rank that holds only some of the parameters. Keys of tensors: `model/<parameter or buffer>`,
-`optimizer/<parameter>/<state>`, `random/<generator>`. Values: `optimizer`, `schedule`, `scaler`, `random`,
-`progress`.
+Everything is keyed by names in the whole model, so that ranks that hold parts of it write one checkpoint together, and
+ranks of another grid can read it. Keys of tensors: `model/<parameter or buffer>`, `optimizer/<parameter>/<state>`,
+`random/<rank>/<generator>`. Values: `optimizer`, `schedule`, `scaler`, `random`, `progress`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Protocol, cast, runtime_checkable
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .checkpoint import JSON, Checkpoint, CheckpointError
+from .team import SOLO, Team
 from .training_step import StepResult
 
 
@@ -89,51 +91,93 @@ class HasExtraState(Protocol):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The live objects of a run whose state a checkpoint holds."""
+    """The live objects of a run whose state a checkpoint holds; of a rank of several, those of its segment."""
 
     model: nn.Module
     optimizer: Optimizer
-    scheduler: LRScheduler
+    scheduler: LRScheduler | None
     scaler: torch.amp.GradScaler | None
     progress: Progress
+    team: Team = SOLO
 
-    def collect(self) -> tuple[dict[str, Tensor], dict[str, JSON]]:
-        """The state of the run, as the tensors and the values of a checkpoint.
+    def collect(self) -> tuple[dict[str, Tensor], dict[str, JSON], dict[str, JSON]]:
+        """The state of the run: the tensors, the values that rank 0 gives for all, and those of this rank.
 
         Raises CheckpointError for state that the format cannot hold, naming it.
         """
-        tensors = {f"model/{name}": tensor for name, tensor in _model_tensors(self.model).items()}
-        optimizer_tensors, optimizer_values = _collect_optimizer(self.model, self.optimizer)
-        random_tensors, random_values = _collect_random()
-        values: dict[str, JSON] = {
-            "optimizer": optimizer_values,
-            "schedule": encode(self.scheduler.state_dict(), "schedule"),
-            "scaler": None if self.scaler is None else encode(self.scaler.state_dict(), "scaler"),
-            "random": random_values,
-            "progress": encode(asdict(self.progress), "progress"),
-        }
-        return {**tensors, **optimizer_tensors, **random_tensors}, values
+        rank = str(self.team.rank)
+        tensors, random_values = _collect_random(f"random/{rank}")
+        optimizer_tensors, members, optimizer_values = _collect_optimizer(self.model, self.optimizer)
+        rank_values: dict[str, JSON] = {"random": {rank: random_values}}
+        if self.team.writes_state:
+            tensors |= {f"model/{name}": tensor for name, tensor in _model_tensors(self.model).items()}
+            tensors |= optimizer_tensors
+            rank_values["optimizer"] = {"members": members, "values": optimizer_values}
+        if self.team.rank != 0:
+            return tensors, {}, rank_values
+        groups = [
+            {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            for group in self.optimizer.param_groups
+        ]
+        shared: dict[str, JSON] = {"groups": encode(groups, "optimizer/param_groups")}
+        if isinstance(self.optimizer, HasExtraState):
+            shared["extra"] = encode(self.optimizer.extra_state(), "optimizer/extra")
+        values: dict[str, JSON] = {"optimizer": shared}
+        if self.scheduler is not None:
+            values["schedule"] = encode(self.scheduler.state_dict(), "schedule")
+        if self.scaler is not None:
+            values["scaler"] = encode(self.scaler.state_dict(), "scaler")
+        values["progress"] = encode(asdict(self.progress), "progress")
+        return tensors, values, rank_values
+
+    def wanted(self, key: str) -> bool:
+        """Whether `restore` needs the tensor of that name."""
+        kind, _, name = key.partition("/")
+        if kind == "model":
+            return name in self._own
+        if kind == "optimizer":
+            return name.rpartition("/")[0] in self._own
+        return key.startswith(f"random/{self.team.rank}/")
+
+    @functools.cached_property
+    def _own(self) -> frozenset[str]:
+        return frozenset(self.model.state_dict())
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts the run where it was when `collect` gave the content of `checkpoint`, random numbers included.
 
-        Raises CheckpointError that names the key where the checkpoint is of another model or optimizer. The
-        state of the run is undefined then.
+        A rank that the grid of the checkpoint did not have keeps the random numbers that it has. Raises
+        CheckpointError that names the key where the checkpoint is of another model or optimizer. The state of the run
+        is undefined then.
         """
-        values = {key: _object(decode(value), key, checkpoint) for key, value in checkpoint.values.items() if value}
-        for key in ("optimizer", "schedule", "random", "progress", *(["scaler"] if self.scaler else [])):
-            if key not in values:
-                raise CheckpointError(f"{checkpoint.folder}: has no state of: {key}")
+        values = {key: decode(value) for key, value in checkpoint.values.items()}
+        needed = ["optimizer", "random", "progress"]
+        needed += ["schedule"] if self.scheduler is not None else []
+        needed += ["scaler"] if self.scaler is not None else []
+        for key in needed:
+            _object(values.get(key), key, checkpoint)
         _restore_model(self.model, checkpoint)
-        _restore_optimizer(self.model, self.optimizer, checkpoint, values["optimizer"])
-        self.scheduler.load_state_dict(values["schedule"])
+        _restore_optimizer(
+            self.model, self.optimizer, checkpoint, _object(values["optimizer"], "optimizer", checkpoint)
+        )
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(_object(values["schedule"], "schedule", checkpoint))
         if self.scaler is not None:
-            self.scaler.load_state_dict(values["scaler"])
+            self.scaler.load_state_dict(_object(values["scaler"], "scaler", checkpoint))
+        progress = _object(values["progress"], "progress", checkpoint)
         for item in fields(Progress):
-            if item.name not in values["progress"]:
+            if item.name not in progress:
                 raise CheckpointError(f"{checkpoint.folder}: progress lacks {item.name!r}")
-            setattr(self.progress, item.name, values["progress"][item.name])
-        _restore_random(checkpoint, values["random"])
+            setattr(self.progress, item.name, progress[item.name])
+        generators = _object(values["random"], "random", checkpoint)
+        rank = str(self.team.rank)
+        if rank in generators:
+            _restore_random(checkpoint, _object(generators[rank], f"random/{rank}", checkpoint), f"random/{rank}")
+
+
+def attempt_name(team: Team) -> str:
+    """A name for one writing of a checkpoint that all ranks share and no other writing has."""
+    return team.gather_text(secrets.token_hex(8))[0]
 
 
 def encode(value: object, where: str) -> JSON:
@@ -207,18 +251,20 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: 
     model.load_state_dict(dict(tensors))
 
 
-def _collect_optimizer(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], JSON]:
+def _collect_optimizer(
+    model: nn.Module, optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, JSON], dict[str, JSON]]:
+    """State tensors by key; the number of every parameter's group; state that is no tensor."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
+    members: dict[str, JSON] = {}
     values: dict[str, JSON] = {}
-    groups: list[JSON] = []
-    for group in optimizer.param_groups:
-        members = []
+    for number, group in enumerate(optimizer.param_groups):
         for parameter in group["params"]:
             if id(parameter) not in names:
                 raise CheckpointError("optimizer: it holds a parameter that is not in the model")
             name = names[id(parameter)]
-            members.append(name)
+            members[name] = number
             for key, value in optimizer.state.get(parameter, {}).items():
                 if not isinstance(key, str) or "/" in key:
                     raise CheckpointError(f"optimizer/{name}: a checkpoint cannot hold state called {key!r}")
@@ -226,12 +272,7 @@ def _collect_optimizer(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str
                     tensors[f"optimizer/{name}/{key}"] = value
                 else:
                     values[f"{name}/{key}"] = encode(value, f"optimizer/{name}/{key}")
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        groups.append({"params": cast(JSON, members), "options": encode(options, "optimizer/param_groups")})
-    state: dict[str, JSON] = {"groups": groups, "values": values}
-    if isinstance(optimizer, HasExtraState):
-        state["extra"] = encode(optimizer.extra_state(), "optimizer/extra")
-    return tensors, state
+    return tensors, members, values
 
 
 def _restore_optimizer(
@@ -241,13 +282,14 @@ def _restore_optimizer(
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
     groups = cast(list[dict[str, object]], saved["groups"])
-    own = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-    if [group["params"] for group in groups] != own:
+    members = _object(saved.get("members"), "optimizer/members", checkpoint)
+    own = {names[id(p)]: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    if len(groups) != len(optimizer.param_groups) or any(members.get(name) != i for name, i in own.items()):
         raise CheckpointError(
             f"{checkpoint.folder}: the optimizer's parameter groups are not those of this configuration"
         )
-    for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-        group.update(cast(dict[str, object], saved_group["options"]))
+    for group, options in zip(optimizer.param_groups, groups, strict=True):
+        group.update(options)
     # Torch's optimizers count steps in a tensor on the CPU, unless told that the GPU needs to see the count.
     stays = {
         id(parameter): not (group.get("capturable") or group.get("fused"))
@@ -268,46 +310,47 @@ def _restore_optimizer(
             # As the optimizer makes it: in the memory format of the parameter.
             restored = torch.empty_like(parameter, dtype=restored.dtype).copy_(restored)
         optimizer.state[parameter][state_key] = restored
-    for key, value in cast(dict[str, object], saved["values"]).items():
+    for key, value in _object(saved.get("values"), "optimizer/values", checkpoint).items():
         name, _, state_key = key.rpartition("/")
-        optimizer.state[parameters[name]][state_key] = value
+        if name in parameters:
+            optimizer.state[parameters[name]][state_key] = value
     if isinstance(optimizer, HasExtraState):
         optimizer.load_extra_state(cast(dict[str, JSON], saved["extra"]))
 
 
-def _collect_random() -> tuple[dict[str, Tensor], JSON]:
+def _collect_random(prefix: str) -> tuple[dict[str, Tensor], JSON]:
     """The state of every generator that code under training could draw from without one of its own."""
-    tensors = {"random/torch": torch.get_rng_state()}
+    tensors = {f"{prefix}/torch": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors |= {f"random/cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        tensors |= {f"{prefix}/cuda-{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    tensors["random/numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    tensors[f"{prefix}/numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
     version, words, next_gauss = random.getstate()
-    tensors["random/python"] = torch.tensor(words, dtype=torch.int64)
+    tensors[f"{prefix}/python"] = torch.tensor(words, dtype=torch.int64)
     values = {"numpy": [kind, position, has_gauss, cached], "python": [version, next_gauss]}
-    return tensors, encode(values, "random")
+    return tensors, encode(values, prefix)
 
 
-def _restore_random(checkpoint: Checkpoint, values: dict[str, object]) -> None:
+def _restore_random(checkpoint: Checkpoint, values: dict[str, object], prefix: str) -> None:
     tensors = checkpoint.tensors
-    for key in ("random/torch", "random/numpy", "random/python"):
+    for key in (f"{prefix}/torch", f"{prefix}/numpy", f"{prefix}/python"):
         if key not in tensors:
             raise CheckpointError(f"{checkpoint.folder}: has no tensor {key!r}")
-    torch.set_rng_state(tensors["random/torch"])
+    torch.set_rng_state(tensors[f"{prefix}/torch"])
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
             # Absent where the run comes from a machine with fewer GPUs; that one then keeps the seed it was
             # given.
-            if f"random/cuda-{device}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random/cuda-{device}"], device)
+            if f"{prefix}/cuda-{device}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"{prefix}/cuda-{device}"], device)
     kind, position, has_gauss, cached = cast(tuple[str, int, int, float], values["numpy"])
-    keys = tensors["random/numpy"].numpy().astype(np.uint32)
+    keys = tensors[f"{prefix}/numpy"].numpy().astype(np.uint32)
     np.random.set_state((kind, keys, position, has_gauss, cached))
     version, next_gauss = cast(tuple[int, float | None], values["python"])
-    random.setstate((version, tuple(tensors["random/python"].tolist()), next_gauss))
+    random.setstate((version, tuple(tensors[f"{prefix}/python"].tolist()), next_gauss))
 
 
 def _object(value: object, key: str, checkpoint: Checkpoint) -> dict[str, object]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"{checkpoint.folder}: {key} is not an object")
+        raise CheckpointError(f"{checkpoint.folder}: has no state of: {key}")
     return value

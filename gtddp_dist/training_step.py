@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from .buffers import copy_buffers, restore_buffers, unchanged_buffers
+from .buffers import copy_buffers, restore_buffers, unchanged_buffers, unchanged_random_state
 from .config_schema import TrainConfig
 from .data import network_input
 
@@ -108,7 +107,7 @@ class TrainingStep:
     def loss_now(self, images: Tensor, labels: Tensor) -> float:
         """The loss of a batch in training mode, cut into the same chunks, changing neither buffers nor random state."""
         self._model.train()
-        with torch.no_grad(), unchanged_buffers(self._model), _unchanged_random_state(images.device):
+        with torch.no_grad(), unchanged_buffers(self._model), unchanged_random_state(images.device):
             return sum(float(self._forward(*chunk)[0]) for chunk in self._split(images, labels))
 
     def _split(self, images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -163,8 +162,3 @@ def evaluate(
             correct += int((logits.argmax(dim=1) == theirs).sum())
     model.train(training)
     return {"val/loss": loss / len(labels), "val/accuracy": correct / len(labels)}
-
-
-def _unchanged_random_state(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    devices = [device] if device.type == "cuda" else []
-    return torch.random.fork_rng(devices=devices, device_type="cuda")

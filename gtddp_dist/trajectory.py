@@ -132,6 +132,12 @@ class Trajectory:
         return table
 
 
+class Traced(nn.Module):
+    """A module whose forward pass runs a trajectory that is known already: a rank's segment of a model."""
+
+    trajectory: Trajectory
+
+
 def floating_tensors(live: Iterable[LiveValue]) -> list[tuple[int, Tensor]]:
     """Position and tensor of those live values that can carry a derivative."""
     return [(i, v) for i, v in enumerate(live) if isinstance(v, Tensor) and v.is_floating_point()]

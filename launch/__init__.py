@@ -1,28 +1,124 @@
 """How the processes of a run are started, and how a run is asked to stop.
 
-A launcher is one file here with one class that has the method of `Launcher`, and one line in `LAUNCHERS`.
-The package imports no torch, so that starting ranks stays cheap.
+One file here for each way of starting: `single` (one process, here), `local` (gtddp starts the ranks of one host),
+`torchrun`, `mpi` and `slurm` (they have started them). The last four have `discover`, which tells from the environment
+whether a process was started that way; `WAYS` has them in order. The package imports no torch, so that starting
+ranks stays cheap.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from ..errors import OK, REQUEUE, UserError
+from . import local, mpi, slurm, torchrun
+from .ranks import Ranks, alone
+from .rendezvous import RankMissing, Rendezvous, agree_on_start
 from .stop import StopRequest
 
-__all__ = ["LAUNCHERS", "Launcher", "StopRequest", "launcher"]
+__all__ = [
+    "LAUNCHERS",
+    "WAYS",
+    "Launcher",
+    "RankMissing",
+    "Ranks",
+    "Rendezvous",
+    "StopRequest",
+    "agree_on_start",
+    "discover",
+    "launch",
+    "launcher",
+]
 
-Work = Callable[[StopRequest], int]
-"""What one process of a run does: given the flag that asks it to stop, it returns its exit code."""
+Work = Callable[[StopRequest, Ranks], int]
+"""What one rank of a run does: given the flag that asks it to stop, and the ranks, it returns its exit code."""
+
+WAYS: Sequence[Callable[[Mapping[str, str]], Ranks | None]] = (
+    local.discover,
+    torchrun.discover,
+    mpi.discover,
+    slurm.discover,
+)
+"""From the innermost to the outermost: the first that knows this process as its rank has started it.
+
+A starter's variables are inherited by whatever it starts. gtddp takes its own out of the environment, so they are never
+left from further out; torchrun runs inside of mpirun or srun (one on each host), not the reverse; mpirun runs inside of
+a Slurm job and may start its helpers with srun (`mpi.by_slurm` tells its ranks from those of `srun --mpi`).
+"""
+
+
+def discover(environ: Mapping[str, str] = os.environ) -> Ranks | None:
+    """This process among the ranks of whoever started it; None where it was not started as a rank.
+
+    Raises UserError where what it finds is incomplete or contradicts itself. Under mpirun all ranks must call it.
+    """
+    for way in WAYS:
+        ranks = way(environ)
+        if ranks is not None:
+            return ranks
+    return None
+
+
+def launch(work: Work, wanted: int, argv: Sequence[str] | None = None) -> int:
+    """Runs `work` on `wanted` ranks; the exit code of this process.
+
+    A process that was started as a rank does that rank's work. Any other does the work itself where one rank is
+    wanted; else it starts the ranks on this host as `python -m gtddp_dist` with `argv` (default: the arguments of this
+    process), which come here in turn, and waits for them. torch's variables (RANK, ...) are set while ranks work.
+
+    Raises UserError where not `wanted` ranks were started.
+    """
+    ranks = discover()
+    if ranks is None and wanted > 1:
+        command = [sys.executable, "-m", "gtddp_dist", *(sys.argv[1:] if argv is None else argv)]
+        return local.start(command, wanted)
+    ranks = ranks or alone()
+    if ranks.world != wanted:
+        raise UserError(_mismatch(ranks, wanted))
+    if ranks.world > 1:
+        ranks.export()
+    with StopRequest() as stop:
+        if ranks.started_by == "gtddp":
+            local.enter()
+        if ranks.started_by != "mpirun":
+            return work(stop, ranks)
+        agreed = False
+        try:
+            code = work(stop, ranks)
+            agreed = code in (OK, REQUEUE)
+        finally:
+            if not agreed:
+                mpi.leave_without_the_others()
+        return code
+
+
+def _mismatch(ranks: Ranks, wanted: int) -> str:
+    start = {
+        "torchrun": f"torchrun --nproc-per-node={wanted} on one host",
+        "mpirun": f"mpirun -n {wanted}",
+        "srun": f"srun --ntasks={wanted}",
+    }
+    plural = "" if ranks.world == 1 else "s"
+    fix = f"start {wanted} ({start[ranks.started_by]})" if ranks.started_by in start else "start it again"
+    return (
+        f"the grid (parallel.pipe times parallel.data) has {wanted} rank{'' if wanted == 1 else 's'}, but "
+        f"{ranks.started_by} started {ranks.world} process{'es' if plural else ''}: {fix}, or choose parallel.pipe and "
+        f"parallel.data whose product is {ranks.world}"
+    )
+
+
+# The interface of a run with one process, for callers that know no ranks.
 
 
 class Launcher(Protocol):
-    """Starts the process or processes of a run."""
+    """Starts the process of a run."""
 
-    def launch(self, work: Work) -> int:
-        """Runs `work` in every process of the run and returns the exit code of the run."""
+    def launch(self, work: Callable[[StopRequest], int]) -> int:
+        """Runs `work` and returns the exit code of the run."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The launcher of a run with one process: the one that is already here."""
+"""The work of one process: the one that is already here, alone or as a rank."""
 
 from __future__ import annotations
 

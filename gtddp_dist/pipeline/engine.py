@@ -108,7 +108,7 @@ class GTDDPEngine(PipelineEngine):
 
 
 def new_engine(
-    model: PartitionedModel, optimizer: Optimizer, *, micro_batch: int, n_micro: int, replicas: int
+    model: PartitionedModel, optimizer: Optimizer, *, micro_batch: int, n_micro: int, replicas: int, zero: int = 0
 ) -> GTDDPEngine:
     """The engine of a rank; all ranks make theirs at the same time."""
     settings = {
@@ -116,6 +116,8 @@ def new_engine(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": n_micro,
         "steps_per_print": None,
+        "zero_optimization": {"stage": zero},
+        "zero_allow_untested_optimizer": True,
     }
     with quiet():
         mpu = model.mpu()

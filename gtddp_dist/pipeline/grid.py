@@ -6,7 +6,9 @@ Process groups are named by what they are for and never looked up by size: on a 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
@@ -61,15 +63,23 @@ class Grid:
         self.shape = shape
         self.device = device
         self.rank = dist.get_rank()
+        self.world = shape.world
         self.segment, self.replica = shape.place(self.rank)
         self.bytes_reduced = 0
         """Bytes this rank put into sums and broadcasts over replicas."""
+        self.waited = 0.0
+        """Seconds in exchanges with other ranks; they wait for the slowest."""
         ranks = range(shape.world)
         self._control = (
             dist.new_group(list(ranks), backend="gloo") if dist.get_backend() != "gloo" else dist.group.WORLD
         )
         self._replicas = _mine([[shape.rank(p, d) for d in range(shape.data)] for p in range(shape.pipe)], self.rank)
         self._segments = _mine([[shape.rank(p, d) for p in range(shape.pipe)] for d in range(shape.data)], self.rank)
+
+    @property
+    def writes_state(self) -> bool:
+        """Whether checkpoints hold this rank's tensors: of a segment's replicas the first writes."""
+        return self.replica == 0
 
     # As gtddp_dist.collectives.Collectives
 
@@ -84,13 +94,21 @@ class Grid:
 
     def _summed(self, flat: Tensor) -> None:
         self.bytes_reduced += flat.nbytes
-        dist.all_reduce(flat, group=self._replicas)
+        with self._waiting():
+            dist.all_reduce(flat, group=self._replicas)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
 
     def sum_over_segments(self, tensor: Tensor) -> Tensor:
         if self.shape.pipe == 1:
             return tensor
         total = tensor.clone()
-        dist.all_reduce(total, group=self._segments)
+        with self._waiting():
+            dist.all_reduce(total, group=self._segments)
         return total
 
     def from_replica(self, source: int, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -99,7 +117,8 @@ class Grid:
 
         def send(flat: Tensor) -> None:
             self.bytes_reduced += flat.nbytes
-            dist.broadcast(flat, self.shape.rank(self.segment, source), group=self._replicas)
+            with self._waiting():
+                dist.broadcast(flat, self.shape.rank(self.segment, source), group=self._replicas)
 
         return _by_type(tensors, send)
 
@@ -115,7 +134,8 @@ class Grid:
         """As many numbers of every rank, in the order of ranks; on every rank."""
         own = torch.tensor(list(numbers), dtype=torch.float64)
         every = [torch.empty_like(own) for _ in range(self.shape.world)]
-        dist.all_gather(every, own, group=self._control)
+        with self._waiting():
+            dist.all_gather(every, own, group=self._control)
         return [one.tolist() for one in every]
 
     def gather_text(self, text: str) -> list[str]:
@@ -134,8 +154,15 @@ class Grid:
         dist.all_reduce(torch.zeros(1), group=self._control)
 
 
-def start_distributed(ranks: Ranks, backend: Backend, timeout_s: float = 1800.0) -> None:
-    """Initialise torch.distributed through DeepSpeed, and undo it at the end with :func:`end_distributed`."""
+def start_distributed(ranks: Ranks, backend: Backend, store: dist.Store, timeout_s: float = 1800.0) -> None:
+    """Initialise torch.distributed, and DeepSpeed on it; :func:`end_distributed` undoes it.
+
+    Args:
+        ranks: this rank among the others.
+        backend: of the data plane.
+        store: one that all ranks share.
+        timeout_s: after which a collective gives up.
+    """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if backend == "nccl" else "cpu")
     ranks.export()
     import deepspeed
@@ -143,14 +170,11 @@ def start_distributed(ranks: Ranks, backend: Backend, timeout_s: float = 1800.0)
 
     # Else it compiles an extension for shared memory, which takes up to a minute.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(seconds=timeout_s),
-        rank=ranks.rank,
-        world_size=ranks.world,
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("torch", store), rank=ranks.rank, world_size=ranks.world, timeout=timeout
     )
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
 
 
 def end_distributed() -> None:

@@ -129,7 +129,11 @@ def capture_limit(pipe: int) -> int:
 
 
 def rank_orders(
-    shape: StepShape, costs: Sequence[RankCosts] | None = None, link: Link | None = None
+    shape: StepShape,
+    costs: Sequence[RankCosts] | None = None,
+    link: Link | None = None,
+    *,
+    in_flight: int = 1,
 ) -> tuple[Order, ...]:
     """The instructions of every pipeline rank for one step; a function of its arguments alone.
 
@@ -140,6 +144,8 @@ def rank_orders(
         costs: of every pipeline rank, to schedule by; None: forward, backward, Gram matrices and weight-gradients
             take equally long.
         link: between neighbours; None: messages take next to no time.
+        in_flight: times 1F1B's number of micro-batches that a rank may have in flight. More hide slow messages, and
+            keep as many times the activations.
 
     Raises:
         UserError: another number of costs than ranks.
@@ -147,7 +153,7 @@ def rank_orders(
     filler: tuple[Op, ...] = ()
     if shape.feedback and shape.by == "micro_batch":
         filler = (Op.GRAM, Op.SWEEP, Op.FEEDBACK, Op.WEIGHT, Op.STATISTICS)
-    schedules = _best_schedule(shape.pipe, shape.n_micro, _chained(shape.cotangents) + filler, costs, link)
+    schedules = _best_schedule(shape.pipe, shape.n_micro, _chained(shape.cotangents) + filler, costs, link, in_flight)
     return tuple(
         tuple(_with_messages(schedule, shape.pipe, index) + _ending(shape, index))
         for index, schedule in enumerate(schedules)
@@ -155,19 +161,32 @@ def rank_orders(
 
 
 def one_forward_one_backward(
-    pipe: int, n_micro: int, costs: Sequence[RankCosts] | None = None, link: Link | None = None
+    pipe: int,
+    n_micro: int,
+    costs: Sequence[RankCosts] | None = None,
+    link: Link | None = None,
+    *,
+    cotangents: bool = False,
 ) -> tuple[Order, ...]:
-    """Back-propagation alone as 1F1B, for comparison; BACKWARD makes input- and weight-gradients together."""
-    return rank_orders(StepShape(pipe, n_micro, feedback=False), costs, link)
+    """A base optimizer's step as 1F1B, for comparison; BACKWARD makes input- and weight-gradients together."""
+    return rank_orders(StepShape(pipe, n_micro, feedback=False, cotangents=cotangents), costs, link)
 
 
 def zero_bubble(
-    pipe: int, n_micro: int, costs: Sequence[RankCosts] | None = None, link: Link | None = None
+    pipe: int,
+    n_micro: int,
+    costs: Sequence[RankCosts] | None = None,
+    link: Link | None = None,
+    *,
+    cotangents: bool = False,
 ) -> tuple[Order, ...]:
-    """Back-propagation alone with weight-gradients put off into gaps (as ZB-H1, arXiv 2401.10241), for comparison."""
-    schedules = _best_schedule(pipe, n_micro, (Op.FORWARD, Op.BACKWARD, Op.WEIGHT, Op.STATISTICS), costs, link)
+    """The same with weight-gradients put off into gaps (as ZB-H1, arXiv 2401.10241), for comparison."""
+    ops = (*_chained(cotangents), Op.WEIGHT, Op.STATISTICS)
     ending = [Instruction(Op.REDUCE), Instruction(Op.AGREE), Instruction(Op.UPDATE)]
-    return tuple(tuple(_with_messages(schedule, pipe, index) + ending) for index, schedule in enumerate(schedules))
+    return tuple(
+        tuple(_with_messages(schedule, pipe, index) + ending)
+        for index, schedule in enumerate(_best_schedule(pipe, n_micro, ops, costs, link))
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -276,7 +295,12 @@ _POLICIES = tuple(_Policy(patience, last) for patience in (0.0, 0.25, 0.5) for l
 
 
 def _best_schedule(
-    pipe: int, n_micro: int, ops: tuple[Op, ...], costs: Sequence[RankCosts] | None, link: Link | None
+    pipe: int,
+    n_micro: int,
+    ops: tuple[Op, ...],
+    costs: Sequence[RankCosts] | None,
+    link: Link | None,
+    in_flight: int = 1,
 ) -> list[list[Instruction]]:
     """The shortest of the schedules that the policies find; the first of equals."""
     if costs is None:
@@ -285,7 +309,7 @@ def _best_schedule(
         raise UserError(f"costs of {len(costs)} ranks for pipe={pipe}: expected as many")
     local = any(op not in _CHAINED for op in ops)
     policies = _POLICIES if local else _POLICIES[:1]
-    played = [_Play(pipe, n_micro, ops, costs, link or _DEFAULT_LINK, policy).run() for policy in policies]
+    played = [_Play(pipe, n_micro, ops, costs, link or _DEFAULT_LINK, policy, in_flight).run() for policy in policies]
     return min(played, key=lambda outcome: outcome[0])[1]
 
 
@@ -296,9 +320,16 @@ class _Play:
     """
 
     def __init__(
-        self, pipe: int, n_micro: int, ops: tuple[Op, ...], costs: Sequence[RankCosts], link: Link, policy: _Policy
+        self,
+        pipe: int,
+        n_micro: int,
+        ops: tuple[Op, ...],
+        costs: Sequence[RankCosts],
+        link: Link,
+        policy: _Policy,
+        in_flight: int,
     ) -> None:
-        self.pipe, self.policy = pipe, policy
+        self.pipe, self.policy, self.in_flight = pipe, policy, in_flight
         self.ops = [op for op in _URGENCY if op in ops]
         edges = _NEEDED_BY if Op.FEEDBACK in ops else _WITHOUT_RECURSION
         self.needed_by = {op: [(to, shift) for to, shift in edges.get(op, ()) if to in ops] for op in ops}
@@ -369,7 +400,7 @@ class _Play:
         if unit == self.units[op] or self.waits_for[index][op][unit]:
             return None
         if op is Op.FORWARD:
-            if unit - started[Op.BACKWARD] >= forward_limit(self.pipe, index):
+            if unit - started[Op.BACKWARD] >= self.in_flight * forward_limit(self.pipe, index):
                 return None
             if self.deferred and unit - started[Op.WEIGHT] >= capture_limit(self.pipe):
                 return None

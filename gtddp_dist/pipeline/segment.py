@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..trajectory import LiveValue, Stage, Trajectory
+from ..trajectory import LiveValue, Stage, Traced, Trajectory
 
 
-class Segment(nn.Module):
+class Segment(Traced):
     """A run of stages as a module: live values before -> live values after, or the model's output at the end.
 
     Its parameters and buffers have the names that they have in the whole model, so that a checkpoint has the same keys

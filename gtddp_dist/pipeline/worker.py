@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..buffers import copy_buffers, restore_buffers
+from ..buffers import copy_buffers, restore_buffers, unchanged_buffers, unchanged_random_state
 from ..capture import MicroBatch, Stream
 from ..diagnostics import StepFacts
 from ..errors import CurvatureError
@@ -27,7 +27,7 @@ from ..sweep import Value
 from ..trajectory import LiveValue
 from .grid import Grid
 from .instructions import Instruction, Op
-from .messages import Channels, Form, Layout
+from .messages import KINDS, Channels, Form, Layout
 from .order import StepShape
 from .segment import Segment
 
@@ -107,7 +107,7 @@ class Worker:
         self.first = grid.segment == 0
         self.last = grid.segment == grid.shape.pipe - 1
         self.seconds: dict[Op, float] = dict.fromkeys(Op, 0.0)
-        """Spent on instructions of each kind since :meth:`start` was last told to measure anew, waiting included."""
+        """Spent on instructions of each kind since the last :meth:`take_measurements`, waiting included."""
         self._loss, self._clip_norm = loss, clip_norm
         self._autocast, self._loss_scale = autocast, loss_scale
         self._micro_batch = micro_batch
@@ -177,10 +177,63 @@ class Worker:
             self._average_buffers()
         return Outcome(work.loss, work.all_correct, work.refused)
 
+    def take_measurements(self) -> tuple[float, float, float]:
+        """Seconds of work, seconds of waiting for other ranks, and bytes sent, since the last call."""
+        traffic = self.channels.traffic
+        idle = traffic.waited + self.grid.waited
+        busy = sum(self.seconds.values()) - idle
+        sent = sum(traffic.bytes_sent.values()) + self.grid.bytes_reduced
+        self.seconds = dict.fromkeys(Op, 0.0)
+        traffic.waited = self.grid.waited = 0.0
+        traffic.bytes_sent = dict.fromkeys(KINDS, 0)
+        self.grid.bytes_reduced = 0
+        return max(busy, 0.0), idle, float(sent)
+
     @property
     def facts(self) -> StepFacts:
         """What diagnostics of this rank's part of the last step are made of."""
         return self._work.facts
+
+    @torch.no_grad()
+    def forward_only(self, inputs: Sequence[Tensor], targets: Sequence[Tensor], *, training: bool) -> tuple[float, int]:
+        """Summed loss of samples and how many are classified right, over these chunks of this replica; 0 and 0 where
+        this is not the last segment.
+
+        Args:
+            inputs: chunks of any sizes; the first segment reads them.
+            targets: the last segment reads these.
+            training: in training mode, as a step sees its batch; running statistics are left as they are.
+        """
+        self.segment.train(training)
+        total, correct = 0.0, 0
+        with unchanged_buffers(self.segment), unchanged_random_state(self.grid.device):
+            for x, y in zip(inputs, targets, strict=True):
+                live: tuple[LiveValue, ...] = (x,)
+                if not self.first:
+                    source = self.grid.segment - 1
+                    layout = self.channels.receive_layout("evaluation", source)
+                    self.channels.post("evaluation", source, layout.forms)
+                    live = layout.filled(self.channels.receive("evaluation", source), leaves=False)
+                with self._autocast():
+                    output = self.segment(*live)
+                    if self.last:
+                        logits = cast(Tensor, output)
+                        loss = self._loss(logits if training else logits.double(), y)
+                        total += float(loss.double()) * len(y)
+                        correct += self._correct(cast(Tensor, output), y)
+                        continue
+                after = cast(tuple[LiveValue, ...], output)
+                self.channels.send_layout("evaluation", self.grid.segment + 1, Layout.of(after))
+                self._send_live("evaluation", after)
+            self.channels.flush()
+        return total, correct
+
+    @staticmethod
+    def _correct(output: Tensor, target: Tensor) -> int:
+        """Samples classified right; 0 where the task is no classification."""
+        if output.ndim != 2 or target.ndim != 1 or target.is_floating_point():
+            return 0
+        return int((output.detach().argmax(1) == target).sum())
 
     def _average_buffers(self) -> None:
         """Running statistics are of each replica's samples; the mean over replicas goes on."""
@@ -216,8 +269,7 @@ class Worker:
             if self.last:
                 loss = self._loss(cast(Tensor, output), work.targets[m])
                 work.losses[m] = loss / (self.shape.n_micro * self.grid.shape.data)
-                if cast(Tensor, output).ndim == 2:
-                    work.correct += int((cast(Tensor, output).detach().argmax(1) == work.targets[m]).sum())
+                work.correct += self._correct(cast(Tensor, output), work.targets[m])
         work.live[m] = live
         if not self.last:
             work.outputs[m] = cast(tuple[LiveValue, ...], output)
@@ -291,7 +343,7 @@ class Worker:
             self.channels.post("cotangent", source, self._cotangent_forms)
 
     def _cotangent(self, m: int) -> None:
-        """All streams' cotangents of a micro-batch, pulled back through the segment; the last one's were with FORWARD."""
+        """Pull all streams of a micro-batch back through the segment; on the last one the forward pass did so."""
         if self.last:
             return
         received = self._work.cotangents.pop(m)
@@ -344,9 +396,16 @@ class Worker:
         if work.whole is None:
             micro_batches = range(self.shape.n_micro)
             self._gtddp.check([work.captured[m] for m in micro_batches])
+            self._unscale()
             work.whole = self._new_step(micro_batches)
             self._gtddp.fill_gradients(work.whole)
         return work.whole
+
+    def _unscale(self) -> None:
+        """Take the loss scale out of p.grad; what was captured keeps it, and is divided where it is used."""
+        scale, grads = self._loss_scale(), [p.grad for p in self.segment.parameters() if p.grad is not None]
+        if scale != 1 and grads:
+            torch._foreach_div_(grads, scale)
 
     def _gram(self, u: int) -> None:
         by_step = self.shape.by == "step"
@@ -439,6 +498,7 @@ class Worker:
         """Sum over replicas what has been formed."""
         work = self._work
         if not isinstance(self.optimizer, GTDDP):
+            self._unscale()
             found = [p for p in self.segment.parameters() if p.grad is not None]
             for parameter, total in zip(
                 found, self.grid.sum_over_replicas([p.grad for p in found if p.grad is not None]), strict=True

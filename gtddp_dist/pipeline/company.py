@@ -1,0 +1,151 @@
+"""The ranks of a run, together: met, agreed on what they do, watched over, and let go in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from ..environment import select_device
+from ..errors import ToldElsewhere, UserError
+from ..launch import Ranks, Rendezvous
+from ..liveness import Heartbeats
+from .grid import Backend, Grid, Shape, end_distributed, start_distributed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        ranks: who started it, and where the others are met.
+        shape: the grid.
+        cuts: first stage of every segment but the first.
+        stages: how many stages there are.
+        device: None: the GPU with the local rank's number, where there is one, else the CPU.
+        backend: None: nccl on GPUs, else gloo.
+    """
+
+    ranks: Ranks
+    shape: Shape
+    cuts: tuple[int, ...]
+    stages: int
+    device: torch.device | None
+    backend: Backend | None
+
+    def __str__(self) -> str:
+        segment, replica = self.shape.place(self.ranks.rank)
+        bounds = [0, *self.cuts, self.stages]
+        first, last = bounds[segment], bounds[segment + 1] - 1
+        which = f"stage {first}" if first == last else f"stages {first} to {last}"
+        return (
+            f"segment {segment + 1} of {self.shape.pipe}: {which}, replica {replica + 1} of {self.shape.data}, "
+            f"host {self.ranks.host}"
+        )
+
+    def chosen_device(self) -> torch.device:
+        device = self.device or select_device("auto")
+        if device.type == "cuda":
+            select_device("cuda")  # whether it can be used
+        if device.type == "cuda" and device.index is None:
+            count = torch.cuda.device_count()
+            if self.ranks.local_world > count:
+                raise UserError(
+                    f"{self.ranks.local_world} ranks on {self.ranks.host}, which shows {count} GPU"
+                    f"{'' if count == 1 else 's'}: start one rank for each GPU, or train on the CPU (train.device=cpu)"
+                )
+            device = torch.device("cuda", self.ranks.local_rank)
+        return device
+
+
+class Company:
+    """A context manager; inside are the grid, and heartbeats that end every rank when one is lost."""
+
+    def __init__(self, place: Place, facts: Mapping[str, str], problem: str, advice: str, lost_after_s: float) -> None:
+        self._place, self._facts, self._problem = place, facts, problem
+        self._advice, self._lost_after_s = advice, lost_after_s
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Grid:
+        place = self._place
+        device = torch.device("cpu")
+        try:
+            device = place.chosen_device()
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+        except UserError as error:
+            self._problem = self._problem or str(error)
+        backend: Backend = place.backend or ("nccl" if device.type == "cuda" else "gloo")
+        with ExitStack() as stack:
+            rendezvous = Rendezvous(place.ranks)
+            _raise_together(place.ranks, rendezvous.allgather("preparing the run", self._problem))
+            rendezvous.agree(self._facts)
+            if place.ranks.world > 1:
+                stack.enter_context(
+                    Heartbeats(
+                        rendezvous.store,
+                        place.ranks.rank,
+                        place.ranks.world,
+                        str(place),
+                        advice=self._advice,
+                        lost_after_s=self._lost_after_s,
+                        store_holder=rendezvous.store_holder,
+                    )
+                )
+            store = rendezvous.store if place.ranks.world > 1 else dist.HashStore()
+            start_distributed(place.ranks, backend, store)
+            stack.push(_end)
+            grid = Grid(place.shape, device)
+            self._stack = stack.pop_all()
+        return grid
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Leave the others, when all is well."""
+        self.__exit__(None, None, None)
+
+
+def company(
+    place: Place,
+    facts: Mapping[str, str],
+    *,
+    problem: str = "",
+    advice: str = "this run cannot go on",
+    lost_after_s: float,
+) -> Company:
+    """The other ranks, once all are there and agree.
+
+    Args:
+        place: where this one is.
+        facts: what all must have the same: versions, configuration, cuts.
+        problem: what kept this rank from preparing the run; raised on every rank, as an error of the user's.
+        advice: what to do once a rank is lost.
+        lost_after_s: seconds without a sign of life after which one is.
+    """
+    return Company(place, facts, problem, advice, lost_after_s)
+
+
+def _raise_together(ranks: Ranks, problems: list[str]) -> None:
+    """Raise what any rank found wrong on all of them; rank 0 tells it."""
+    found = [(rank, text) for rank, text in enumerate(problems) if text]
+    if not found:
+        return
+    if ranks.rank != 0:
+        raise ToldElsewhere
+    texts = dict.fromkeys(text for _, text in found)
+    if len(texts) == 1 and len(found) == ranks.world:
+        raise UserError(found[0][1])
+    raise UserError("; ".join(f"rank {rank}: {text}" for rank, text in found))
+
+
+def _end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    if kind is None:  # else the others may not come to the barrier; the process ends anyway
+        end_distributed()

@@ -1,0 +1,91 @@
+"""Ranks that Slurm's srun started: the tasks of a job step."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Mapping
+
+from ..errors import UserError
+from .ranks import Ranks, checked, number
+
+# Steps of these and higher numbers are Slurm's own: the batch script, a shell of salloc, what ssh brings in.
+FIRST_SPECIAL_STEP = 0xFFFFFFF0
+# Below the ports that Linux gives away by itself (32768 on), above those that services commonly have.
+PORTS = range(20000, 32000)
+SCONTROL_TIMEOUT_S = 60.0
+
+
+def discover(environ: Mapping[str, str]) -> Ranks | None:
+    """This process among the tasks of a Slurm job step; None where it is not one of several.
+
+    A batch script, a shell under salloc and a step of one task are no ranks. The ranks meet at the first host of the
+    step, at a port that follows from the numbers of job and step; MASTER_ADDR and MASTER_PORT count over these.
+    Raises UserError where a variable of Slurm is missing or no number, or the hosts cannot be told.
+    """
+    if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
+        return None
+    step = number(environ, "SLURM_STEP_ID")
+    # SLURM_NTASKS is that of the job in some shells: the step's own number counts over it.
+    world = number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", 1)
+    if step >= FIRST_SPECIAL_STEP or world == 1:
+        return None
+    return checked(
+        Ranks(
+            rank=number(environ, "SLURM_PROCID"),
+            world=world,
+            local_rank=number(environ, "SLURM_LOCALID"),
+            local_world=_local_world(environ, world),
+            host=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            address=environ.get("MASTER_ADDR") or _first_host(environ),
+            port=number(environ, "MASTER_PORT", port_of(number(environ, "SLURM_JOB_ID"), step)),
+            started_by="srun",
+        )
+    )
+
+
+def port_of(job: int, step: int) -> int:
+    """The port at which the tasks of a step meet: the same in all of them, and another for the next job or step."""
+    return PORTS[(job * 31 + step) % len(PORTS)]
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's count of tasks on every node, such as "2(x3),1" for 2, 2, 2, 1."""
+    counts = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UserError(f"tasks per node of the Slurm step are given as {text!r}, expected such as '2(x3),1'")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def _local_world(environ: Mapping[str, str], world: int) -> int:
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
+    counts, node = tasks_per_node(text), number(environ, "SLURM_NODEID", 0)
+    if node >= len(counts):
+        raise UserError(f"Slurm numbers this node {node} (SLURM_NODEID), but tells of {len(counts)} nodes: {text!r}")
+    return counts[node]
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise UserError("Slurm names no hosts (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of rank 0")
+    if not any(mark in nodes for mark in ",["):
+        return nodes
+    advice = "set MASTER_ADDR to the host of rank 0"
+    scontrol = shutil.which("scontrol", path=environ.get("PATH"))
+    if scontrol is None:
+        raise UserError(f"the hosts {nodes!r} cannot be told apart: scontrol is not on the PATH. Add it, or {advice}")
+    command = [scontrol, "show", "hostnames", nodes]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SCONTROL_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{' '.join(command)} gave no answer in {SCONTROL_TIMEOUT_S:.0f} s: {advice}") from None
+    hosts = done.stdout.split()
+    if done.returncode != 0 or not hosts:
+        raise UserError(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()}. Mend it, or {advice}")
+    return hosts[0]
