@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gtddp_dist import __version__, cli, errors
-from gtddp_dist.config import Config, shipped_configs
+from gtddp_dist.config import Config, load_config, shipped_configs, to_yaml
 
 # Runs the command in a process and says on the last line of stdout whether torch was imported.
 PROBE = (
@@ -172,7 +172,18 @@ def test_flags_may_stand_anywhere() -> None:
 def test_resume_and_eval(trainer: Trainer) -> None:
     assert cli.main(["train", "--resume", "runs/one"]) == errors.OK
     assert cli.main(["eval", "runs/one"]) == errors.OK
-    assert trainer.calls == [("resume_training", Path("runs/one")), ("evaluate_run", Path("runs/one"))]
+    assert trainer.calls == [("resume_training", Path("runs/one"), None), ("evaluate_run", Path("runs/one"))]
+
+
+def test_resume_takes_another_grid_and_nothing_else(
+    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("digits")))
+    assert cli.main(["train", "--resume", str(tmp_path), "parallel.pipe=2", "parallel.data=4"]) == errors.OK
+    ((_, _, config),) = trainer.calls
+    assert isinstance(config, Config) and (config.parallel.pipe, config.parallel.data) == (2, 4)
+    assert cli.main(["train", "--resume", str(tmp_path), "optimizer.lr=1"]) == errors.BAD_INPUT
+    assert "optimizer.lr=1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("code", [errors.OK, errors.FAILED, errors.REQUEUE])

@@ -302,8 +302,8 @@ def test_every_arithmetic_trains(dtype: str, optimizer: str) -> None:
     assert all(tensor.dtype == expected for tensor in model_of("run").values())
     lines = [line for line in metrics_of("run") if "train/loss" in line]
     assert lines[-1]["train/loss"] < 0.9 * lines[0]["train/loss"]
-    saved = json.loads(Path("run/checkpoints/step-00000015/index.json").read_text())["values"]["scaler"]
-    assert (saved is not None) == (dtype == "float16")
+    saved = json.loads(Path("run/checkpoints/step-00000015/index.json").read_text())["values"]
+    assert ("scaler" in saved) == (dtype == "float16")
 
 
 def test_measuring_the_decrease_changes_nothing() -> None:

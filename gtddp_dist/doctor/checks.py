@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ..launch.rendezvous import ranks_named
 from .facts import RankFacts
@@ -56,30 +55,34 @@ def guarded(name: str, check: Callable[[], Check]) -> Check:
 
 
 def _versions(facts: Sequence[RankFacts]) -> Check:
-    serious: dict[str, Callable[[RankFacts], Hashable]] = {
-        "Python": lambda rank: ".".join(rank.python.split(".")[:2]),
-        "revision of the code": lambda rank: rank.revision or "none",
-        "CUDA": lambda rank: rank.cuda or "none",
-        "NCCL": lambda rank: rank.nccl or "none",
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for name in sorted({name for rank in facts for name in _versions_of(rank)}):
+        difference = _differences(facts, lambda rank, name=name: _versions_of(rank).get(name, "none"))  # type: ignore[misc]
+        if difference:
+            told[name in _MUST_BE_ALIKE].append(f"{name}: {difference}")
+    if not told[True] and not told[False]:
+        return Check("versions", "ok", "the same on all ranks" if len(facts) > 1 else "one rank")
+    return Check(
+        "versions",
+        "problem" if told[True] else "warning",
+        ". ".join(told[True] + told[False]),
+        "install the same versions on every host, or start all ranks from one environment on a shared disk",
+    )
+
+
+_MUST_BE_ALIKE = ("Python", "revision of the code", "CUDA", "NCCL", "gtddp-dist", "torch", "deepspeed")
+"""With others of these, ranks exchange messages that they understand differently, or compute differently."""
+
+
+def _versions_of(rank: RankFacts) -> dict[str, str]:
+    packages = {name: version or "not installed" for name, version in rank.packages.items()}
+    return {
+        **packages,
+        "Python": ".".join(rank.python.split(".")[:2]),
+        "revision of the code": rank.revision or "none",
+        "CUDA": rank.cuda or "none",
+        "NCCL": rank.nccl or "none",
     }
-    names = sorted({name for rank in facts for name in rank.packages})
-    for name in ("gtddp-dist", "torch", "deepspeed"):
-        serious[name] = lambda rank, name=name: rank.packages.get(name) or "not installed"  # type: ignore[misc]
-    others: dict[str, Callable[[RankFacts], Hashable]] = {"Python": lambda rank: rank.python}
-    for name in names:
-        if name not in serious:
-            others[name] = lambda rank, name=name: rank.packages.get(name) or "not installed"  # type: ignore[misc]
-    differ = {name: told for name, get in serious.items() if (told := _differences(facts, get))}
-    differ_too = {
-        name: told for name, get in others.items() if name not in differ and (told := _differences(facts, get))
-    }
-    text = ". ".join(f"{name}: {told}" for name, told in [*differ.items(), *differ_too.items()])
-    advice = "install the same versions on every host, or start all ranks from one environment on a shared disk"
-    if differ:
-        return Check("versions", "problem", text, advice)
-    if differ_too:
-        return Check("versions", "warning", text, advice)
-    return Check("versions", "ok", "the same on all ranks" if len(facts) > 1 else "of one rank only")
 
 
 def _deepspeed(facts: Sequence[RankFacts]) -> Check:
@@ -97,10 +100,10 @@ def _deepspeed(facts: Sequence[RankFacts]) -> Check:
 def _devices(facts: Sequence[RankFacts]) -> Check:
     without = {rank.rank: rank.no_kernels for rank in facts if rank.no_kernels}
     if without:
-        text = "; ".join(f"{ranks_named(who)}: {why}" for why, who in _holders(without).items())
+        text = told_by(without)
         volta = any(rank.no_kernels and (rank.capability or "").startswith("7.0") for rank in facts)
         advice = "pip install -c constraints/v100.txt" if volta else "install a build of torch for this GPU"
-        return Check("devices", "problem", text, f"{advice}, or train.device=cpu")
+        return Check("devices", "problem", text, advice)
     sharing = {rank.rank: rank.device_id for rank in facts if rank.device_id is not None}
     shared = [ranks_named(who) for who in _holders(sharing).values() if len(who) > 1]
     if shared:
@@ -156,7 +159,7 @@ def _open_files(facts: Sequence[RankFacts]) -> Check:
 def _disk(facts: Sequence[RankFacts]) -> Check:
     known = {rank.rank: rank.disk_free for rank in facts if rank.disk_free is not None}
     if not known:
-        return Check("free disk", "problem", "unknown on all ranks", "see the folder, with --dir")
+        return Check("free disk", "warning", "unknown on all ranks", "see what is said of the shared folder")
     least = min(known.values())
     if least >= DISK_WARNING:
         return Check("free disk", "ok", f"{size(least)} or more")
@@ -188,11 +191,12 @@ def _threads(facts: Sequence[RankFacts]) -> Check:
         there = [rank for rank in facts if rank.host == host]
         threads, cores = sum(rank.threads for rank in there), max(rank.usable_cores for rank in there)
         if len(there) > 1 and threads > cores:
-            crowded.append((f"{host}: {threads} threads of {len(there)} ranks on {cores} cores", cores // len(there)))
+            crowded.append((f"{host}: {threads} threads of {len(there)} ranks on {cores} cores", cores / len(there)))
     if not crowded:
         return Check("threads", "ok", "no more than there are cores")
-    number = max(1, min(fair for _, fair in crowded))
-    return Check("threads", "warning", "; ".join(text for text, _ in crowded), f"export OMP_NUM_THREADS={number}")
+    fair = min(fair for _, fair in crowded)
+    advice = f"export OMP_NUM_THREADS={int(fair)}" if fair >= 1 else "OMP_NUM_THREADS=1, and fewer ranks there"
+    return Check("threads", "warning", "; ".join(text for text, _ in crowded), advice)
 
 
 def _unknown(facts: Sequence[RankFacts]) -> Check:
@@ -240,11 +244,9 @@ def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
-            break
+            return f"{count:.3g} {unit}"
         count /= 1024
-    else:
-        unit = "TiB"
-    return re.sub(r"\.0 ", " ", f"{count:.1f} {unit}")
+    return f"{count:.3g} TiB"
 
 
 def _differences(facts: Sequence[RankFacts], get: Callable[[RankFacts], Hashable]) -> str:
@@ -259,8 +261,16 @@ def _differences(facts: Sequence[RankFacts], get: Callable[[RankFacts], Hashable
     )
 
 
-def _holders(values: dict[int, Hashable]) -> dict[Hashable, list[int]]:
-    holders: dict[Hashable, list[int]] = {}
+def told_by(texts: Mapping[int, str]) -> str:
+    """What ranks say, each text once, with those that say it."""
+    return "; ".join(f"{ranks_named(who)}: {text}" for text, who in _holders(texts).items())
+
+
+_Value = TypeVar("_Value", bound=Hashable)
+
+
+def _holders(values: Mapping[int, _Value]) -> dict[_Value, list[int]]:
+    holders: dict[_Value, list[int]] = {}
     for rank, value in values.items():
         holders.setdefault(value, []).append(rank)
     return holders

@@ -98,7 +98,8 @@ def collect_facts(ranks: Identity, directory: Path) -> RankFacts:
             unknown[name] = f"{type(error).__name__}: {error}"
             return otherwise
 
-    environment = find("environment", describe_environment, {})
+    nothing: dict[str, JSON] = {}
+    environment = find("environment", describe_environment, nothing)
     gpu = find("GPU", lambda: _gpu(ranks.local_rank), _Gpu())
     return RankFacts(
         rank=ranks.rank,

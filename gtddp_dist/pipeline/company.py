@@ -51,7 +51,7 @@ class Place:
         device = self.device or select_device("auto")
         if device.type == "cuda":
             select_device("cuda")  # whether it can be used
-        if device.type == "cuda" and device.index is None:
+        if str(device) == "cuda":  # any of them
             count = torch.cuda.device_count()
             if self.ranks.local_world > count:
                 raise UserError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..curvature import factors as bases
@@ -132,24 +133,25 @@ def count_stages(
         raise UserError("count_stages: the sample input has no tensor with samples in it")
     samples = len(first)
     device = next(iter(trajectory.players[0].controls().values())).device
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _SparedBuffers(), torch.enable_grad():
         live = trajectory.bind(
             *(torch.empty(v.shape, dtype=v.dtype, device=device) if isinstance(v, Tensor) else v for v in inputs)
         )
         runs = []
-        kept = _Kept()
+        storages = _Storages(fake)
         for stage in trajectory.stages:
-            run = _StageRun(stage.player, live, kept)
+            run = _StageRun(stage.player, live, storages)
             live = run.forward(stage.run)
             runs.append(run)
         return tuple(run.costs(samples, counting) for run in runs)
 
 
-class _Kept:
-    """Storages that autograd keeps, each counted where it is first kept."""
+class _Storages:
+    """Storages that autograd keeps, each counted where it is first kept; those of parameters are not."""
 
-    def __init__(self) -> None:
-        self.seen: set[int] = set()
+    def __init__(self, fake: FakeTensorMode) -> None:
+        self.fake = fake
+        self.counted: set[int] = set()
         self.same_as: dict[int, int] = {}
         self.held: list[Tensor] = []  # so that a storage's address is not used again
 
@@ -160,24 +162,53 @@ class _Kept:
         self.held += [tensor, copy]
         return copy
 
-    def new_bytes(self, tensor: Tensor) -> int:
-        """The bytes of a tensor's storage, where it is kept for the first time."""
-        if not isinstance(tensor, FakeTensor) or self._key(tensor) in self.seen:  # parameters are not fake
-            return 0
-        self.seen.add(self._key(tensor))
-        self.held.append(tensor)
-        return tensor.untyped_storage().nbytes()
+    def new_bytes(self, tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> int:
+        """The bytes of those storages that were not counted before."""
+        self.held += tensors
+        # A view of a parameter is one of the stand-in that the mode made for it.
+        own = {self._key(self.fake.from_tensor(parameter)) for parameter in parameters}
+        found = {
+            self._key(t): t.untyped_storage().nbytes()
+            for t in tensors
+            if isinstance(t, FakeTensor) and self._key(t) not in own | self.counted
+        }
+        self.counted.update(found)
+        return sum(found.values())
 
     def _key(self, tensor: Tensor) -> int:
         key = tensor.untyped_storage()._cdata
         return self.same_as.get(key, key)
 
 
+class _SparedBuffers:
+    """While it is on, modules that are called change stand-ins of their buffers: not all writes stay in fake mode."""
+
+    def __init__(self) -> None:
+        self.own: list[tuple[nn.Module, str, Tensor]] = []
+        self.seen: set[nn.Module] = set()
+
+    def __enter__(self) -> None:
+        self.handle = register_module_forward_pre_hook(self._spare)
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+        for module, name, buffer in self.own:
+            module._buffers[name] = buffer
+
+    def _spare(self, module: nn.Module, _: object) -> None:
+        if module not in self.seen:
+            self.seen.add(module)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self.own.append((module, name, buffer))
+                    module._buffers[name] = torch.empty_like(buffer)
+
+
 class _StageRun:
     """One stage, run on tensors without data, and what its player's code needs of that."""
 
-    def __init__(self, player: Player, before: tuple[LiveValue, ...], kept: _Kept) -> None:
-        self.player, self.kept = player, kept
+    def __init__(self, player: Player, before: tuple[LiveValue, ...], storages: _Storages) -> None:
+        self.player, self.storages = player, storages
         # Derivatives end at the cut: one live tensor may have been made of another.
         self.before = tuple(
             v.detach().requires_grad_() if isinstance(v, Tensor) and v.requires_grad else v for v in before
@@ -190,15 +221,22 @@ class _StageRun:
 
     def forward(self, run: Callable[[tuple[LiveValue, ...]], tuple[LiveValue, ...]]) -> tuple[LiveValue, ...]:
         # Copies, because a stage may change a live tensor in place.
-        live = tuple(self.kept.copy_of(v) if isinstance(v, Tensor) and v.requires_grad else v for v in self.before)
+        live = tuple(self.storages.copy_of(v) if isinstance(v, Tensor) and v.requires_grad else v for v in self.before)
+        kept: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
         handles = [module.register_forward_hook(self._seen(name)) for name, module in self.player.modules.items()]
         try:
-            with FlopCounterMode(display=False) as counter, saved_tensors_hooks(self._keep, lambda kept: kept):
+            with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
                 self.after = run(live)
         finally:
             for handle in handles:
                 handle.remove()
         self.forward_work = float(counter.get_total_flops())
+        self.kept_bytes = self.storages.new_bytes(kept, self._parameters())
         return self.after
 
     def _seen(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -206,10 +244,6 @@ class _StageRun:
             self.inputs[name], self.outputs[name] = args[0], output
 
         return hook
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        self.kept_bytes += self.kept.new_bytes(tensor)
-        return tensor
 
     def costs(self, samples: int, counting: Counting) -> StageCosts:
         captured_bytes, gram, weight, statistics, factor_bytes = 0, 0.0, 0.0, 0.0, 0
