@@ -67,6 +67,7 @@ def run_doctor(
         meeting.barrier("doctor done", timeout_s)
     except RankMissing as error:
         checks.append(_missing(error))
+        timeout_s = 1.0  # to wait for it once more is of no use
     except Exception as error:  # what was found so far is said all the same
         checks.append(Check("doctor", "problem", f"{type(error).__name__}: {error}", "report this"))
     code = _end(ranks, checks, facts, links, as_json)

@@ -81,6 +81,11 @@ class Grid:
         """Whether checkpoints hold this rank's tensors: of a segment's replicas the first writes."""
         return self.replica == 0
 
+    @property
+    def replica_group(self) -> dist.ProcessGroup:
+        """The other replicas of this segment, for a module that sums over them by itself."""
+        return self._replicas
+
     # As gtddp_dist.collectives.Collectives
 
     @property
