@@ -281,6 +281,20 @@ class PlanConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)
+class BenchConfig:
+    """What `gtddp bench` measures with: random images, so that no data set is needed."""
+
+    image: IntList = (3, 32, 32)
+    """Channels, height and width of an image."""
+    classes: Annotated[int, Field(ge=2)] = 100
+    """Classes of the network."""
+    steps: PositiveInt = 10
+    """Steps that are timed, of every contender in turn."""
+    warmup: NonNegativeInt = 2
+    """Steps before them that are not."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
 class Config:
     """A complete, valid configuration."""
 
@@ -295,6 +309,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    bench: BenchConfig = field(default_factory=BenchConfig)
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -320,6 +335,7 @@ GROUPS: Mapping[str, type] = {
     "optimizer": OptimizerConfig,
     "parallel": ParallelConfig,
     "plan": PlanConfig,
+    "bench": BenchConfig,
 }
 """Group name -> its dataclass, in the order of `Config`."""
 
@@ -342,6 +358,8 @@ def consistency_problems(config: Config) -> Iterator[Problem]:
     yield from _batch_problems(config)
     yield from _schedule_problems(config.schedule)
     yield from _optimizer_problems(config)
+    if len(config.bench.image) != 3:
+        yield Problem(("bench.image",), "expected channels, height and width")
     if config.model.channels is not None and len(config.model.channels) != config.model.blocks:
         yield Problem(("model.channels", "model.blocks"), "model.channels needs one number for each block")
     yield from _grid_problems(config)

@@ -225,7 +225,8 @@ class Heartbeats:
                     if self._final is not None and not self._final_given.is_set():
                         break
                     self._quit.wait(0.05)
-                self._beat()
+                if not self._quit.is_set():  # else rank 0, and the store with it, may be gone by now
+                    self._beat()
         except RuntimeError as error:  # all errors of a store are
             if not self._quit.is_set():
                 self._store_is_gone(_first_line(error))

@@ -36,6 +36,7 @@ class Counting:
     """What of an optimizer decides the work of a step.
 
     Attributes:
+        feedback: whether there is a recursion; without it, no Gram matrices are counted.
         metric: the sweep's.
         recursion_samples: samples of one recursion; None: a micro-batch.
         rows: rows of S a sample: curvature cotangents; 1 but for the exact terminal Hessian.
@@ -48,6 +49,7 @@ class Counting:
         n_micro: micro-batches over which decompositions are spread.
     """
 
+    feedback: bool = True
     metric: Metric = "number"
     recursion_samples: int | None = None
     rows: int = 1
@@ -257,13 +259,14 @@ class _StageRun:
             rows = sample_gradients(
                 module, _resized(inputs, group * counting.rows), _resized(slopes, group * counting.rows)
             )
-            gram += _count(partial(_gram, rows, counting)) * samples / group
+            if counting.feedback:
+                gram += _count(partial(_gram, rows, counting)) * samples / group
             if counting.metric in ("kfac", "ekfac") and is_affine(module):
                 more, bytes_ = _factor_costs(cast(AffineGradients, part), counting)
                 statistics += more
                 factor_bytes += bytes_
         # One recursion: two products and a solution of a linear system of as many unknowns as rows, if full.
-        n = group * counting.rows
+        n = group * counting.rows if counting.feedback else 0
         sweep = (2 / 3 + 2 + 2 * (2 if counting.full_value else 0)) * n**3
         return StageCosts(
             player=self.player.name,

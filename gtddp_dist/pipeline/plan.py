@@ -175,7 +175,9 @@ def describe(config: Config, model: nn.Module, trajectory: Trajectory, classes: 
         optimizer = base_optimizer(model, config)
         state = _state_per_parameter(optimizer.param_groups[0], name)
         shape = StepShape(parallel.pipe, n_micro, feedback=False)
-        return Subject(trajectory, shape, Counting(state_per_parameter=state, n_micro=n_micro), samples, False)
+        return Subject(
+            trajectory, shape, Counting(feedback=False, state_per_parameter=state, n_micro=n_micro), samples, False
+        )
     optimizer = gtddp_optimizer(model, config)
     options, curvature = optimizer.options, optimizer.curvature
     sampled_factors = curvature.stream != "gradient"
@@ -197,6 +199,7 @@ def describe(config: Config, model: nn.Module, trajectory: Trajectory, classes: 
         group = int(options.scope)
     weighted = options.capture == "weighted"
     counting = Counting(
+        feedback=options.feedback,
         metric=_metric(curvature),
         recursion_samples=group,
         rows=classes if options.feedback and options.terminal == "exact" else 1,

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that measure, and record with what they measured. Ratios within one run, not seconds."""

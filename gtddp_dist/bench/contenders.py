@@ -1,0 +1,162 @@
+"""What is timed on ranks: a network trained by DeepSpeed's own PipelineEngine, and by this package."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.module import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..build import plain_parts
+from ..config_schema import Config, OptimizerConfig
+from ..parts import new_optimizer_of
+from ..pipeline.costs import balanced_cuts, check_cuts, count_stages
+from ..pipeline.engine import quiet
+from ..pipeline.grid import Grid
+from ..pipeline.initialize import Engine
+from ..registry import MODELS, OPTIMIZERS, load_object
+from ..tracing import trace
+from ..trajectory import LiveValue, Stage, Trajectory
+
+
+class Contender(Protocol):
+    """Something that takes training steps on all ranks."""
+
+    name: str
+
+    def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+        """One step on this replica's micro-batches; the loss before it."""
+        ...
+
+
+def new_model(config: Config) -> nn.Module:
+    """The configured network for the images of `bench`; the same weights at every call."""
+    torch.manual_seed(config.train.seed)
+    channels, height, _ = config.bench.image
+    build = load_object(MODELS[config.model.name].builder)
+    model: nn.Module = build(config.model, in_channels=channels, classes=config.bench.classes, image_size=height)  # type: ignore[operator]
+    return model.to(torch.float64 if config.train.dtype == "float64" else torch.float32)
+
+
+def micro_batch_of(config: Config) -> int:
+    """Samples of a micro-batch."""
+    return config.train.batch_size // (config.train.micro_batches * config.parallel.data)
+
+
+def cut(config: Config) -> tuple[Trajectory, tuple[int, ...]]:
+    """A network's stages, and where the configuration cuts them (else balanced by counted work)."""
+    model = new_model(config)
+    trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
+    sample = torch.zeros(micro_batch_of(config), *config.bench.image, dtype=next(model.parameters()).dtype)
+    cuts = config.parallel.cuts or balanced_cuts(count_stages(trajectory, sample), config.parallel.pipe)
+    check_cuts(cuts, config.parallel.pipe, len(trajectory.stages))
+    return trajectory, tuple(cuts)
+
+
+def batches(config: Config, grid: Grid, step: int) -> tuple[list[Tensor], list[Tensor]]:
+    """This replica's random micro-batches of a step; the same on all segments."""
+    generator = torch.Generator().manual_seed(1000 * step + grid.replica)
+    n, b = config.train.micro_batches, micro_batch_of(config)
+    dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
+    inputs = [torch.randn(b, *config.bench.image, generator=generator, dtype=dtype).to(grid.device) for _ in range(n)]
+    targets = [torch.randint(config.bench.classes, (b,), generator=generator).to(grid.device) for _ in range(n)]
+    return inputs, targets
+
+
+class Ours:
+    """This package's engine with the optimizer of that name."""
+
+    def __init__(self, config: Config, optimizer: str, grid: Grid, cuts: Sequence[int]) -> None:
+        self.name = optimizer
+        options = {n: getattr(config.optimizer, n) for n in OPTIMIZERS[optimizer].options}
+        own = dataclasses.replace(config, optimizer=OptimizerConfig(name=optimizer, **options))
+        model = new_model(own).to(grid.device)
+        trajectory = trace(model, **plain_parts(model, own), projection=own.optimizer.projection or "cooperative")
+        self.engine = Engine(
+            model,
+            trajectory,
+            lambda segment: new_optimizer_of(own)(segment, own),
+            F.cross_entropy,
+            grid=grid,
+            cuts=cuts,
+            micro_batch=micro_batch_of(own),
+            n_micro=own.train.micro_batches,
+        )
+
+    def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+        return self.engine.step(inputs, targets).loss
+
+
+class DeepSpeedPipeline:
+    """DeepSpeed's PipelineEngine as it is, with torch's SGD, on the same network and the same cuts."""
+
+    name = "deepspeed sgd"
+
+    def __init__(self, config: Config, grid: Grid, cuts: Sequence[int]) -> None:
+        model = new_model(config).to(grid.device)
+        trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
+        layers = [_Layer(trajectory, stage) for stage in trajectory.stages]
+        n, b = config.train.micro_batches, micro_batch_of(config)
+        settings = {
+            "train_batch_size": config.train.batch_size,
+            "train_micro_batch_size_per_gpu": b,
+            "gradient_accumulation_steps": n,
+            "steps_per_print": None,
+        }
+        with quiet():
+            module = _CutAsWell(layers, cuts, PipeDataParallelTopology(config.parallel.pipe, config.parallel.data))
+            optimizer = torch.optim.SGD(module.parameters(), lr=config.optimizer.lr or 0.1)
+            mpu = module.mpu()
+            self.engine = PipelineEngine(
+                args=None,
+                model=module,
+                optimizer=optimizer,
+                model_parameters=None,
+                training_data=None,
+                lr_scheduler=None,
+                mpu=mpu,
+                dist_init_required=False,
+                collate_fn=None,
+                config=settings,
+                config_class=DeepSpeedConfig(settings, mpu),
+            )
+
+    def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            yield from zip(inputs, targets, strict=True)
+
+        return float(self.engine.train_batch(pairs()))
+
+
+class _Layer(nn.Module):
+    """A stage as a layer of DeepSpeed's."""
+
+    def __init__(self, trajectory: Trajectory, stage: Stage) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(stage.player.modules.values())
+        self._run, self._trajectory = stage.run, (trajectory,)
+        self._first = stage is trajectory.stages[0]
+        self._last = stage is trajectory.stages[-1]
+
+    def forward(self, live: Tensor | tuple[LiveValue, ...]) -> object:
+        (trajectory,) = self._trajectory
+        values = trajectory.bind(live) if self._first else live if isinstance(live, tuple) else (live,)
+        after = self._run(values)
+        return trajectory.assemble(after) if self._last else after
+
+
+class _CutAsWell(PipelineModule):
+    def __init__(self, layers: Sequence[nn.Module], cuts: Sequence[int], topology: PipeDataParallelTopology) -> None:
+        self._cuts = tuple(cuts)
+        super().__init__(layers=list(layers), topology=topology, loss_fn=nn.CrossEntropyLoss())
+
+    def _partition_layers(self, method: str = "cuts") -> None:
+        self.parts = [0, *self._cuts, self._num_layers]
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
