@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import __version__, config_docs, errors
 from .config import Config, load_config, shipped_configs
+from .launch import discover, local
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -23,10 +24,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, `argv` or the process's own arguments; the exit code."""
     arguments, words = _parse(argv)
     try:
-        if arguments.command == "eval":
-            from .train import evaluate_run
+        match arguments.command:
+            case "eval":
+                from .train import evaluate_run
 
-            return evaluate_run(arguments.run)
+                return evaluate_run(arguments.run)
+            case "doctor":
+                return _doctor(arguments)
+            case "plan":
+                name, config = _configured(words, arguments.command)
+                from .pipeline.plan import run_plan
+
+                return run_plan(config, name, arguments.out)
+            case "bench":
+                return _bench(arguments, words)
         if arguments.resume is not None:
             return _resume(arguments.resume, words, check_only=arguments.check)
         return _train(words, check_only=arguments.check)
@@ -37,17 +48,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str], *, check_only: bool) -> int:
-    if not words or "=" in words[0]:
-        shipped = ", ".join(shipped_configs())
-        raise errors.UserError(f"train needs a config before any key=value. Shipped configs: {shipped}")
-    name, *overrides = words
-    config = load_config(name, overrides)
+    name, config = _configured(words, "train")
     if check_only:
         print(f"ok: {_summary(config)}")
         return errors.OK
+    code = _started_ranks(config)
+    if code is not None:
+        return code
     from .train import run_training
 
-    return run_training(config, Path(name).stem)
+    return run_training(config, name)
+
+
+def _configured(words: list[str], command: str) -> tuple[str, Config]:
+    """The config that the first word names, with the others over it; and its name."""
+    if not words or "=" in words[0]:
+        shipped = ", ".join(shipped_configs())
+        raise errors.UserError(f"{command} needs a config before any key=value. Shipped configs: {shipped}")
+    name, *overrides = words
+    return Path(name).stem, load_config(name, overrides)
+
+
+def _started_ranks(config: Config) -> int | None:
+    """Starts the ranks of a run on this host, and waits for them: their exit code.
+
+    None where there is but one, or where somebody else has started this process as one of them. This process needs no
+    torch then.
+    """
+    wanted = config.parallel.pipe * config.parallel.data
+    if wanted == 1 or discover() is not None:
+        return None
+    return local.start([sys.executable, "-m", "gtddp_dist", *sys.argv[1:]], wanted)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    ranks = discover()
+    if ranks is None and arguments.ranks > 1:
+        return local.start([sys.executable, "-m", "gtddp_dist", *sys.argv[1:]], arguments.ranks)
+    from .doctor import run_doctor
+
+    return run_doctor(arguments.dir, ranks, as_json=arguments.json)
+
+
+def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
+    named = bool(words) and "=" not in words[0]
+    _, config = _configured(words if named else ["bench", *words], "bench")
+    code = _started_ranks(config)
+    if code is not None:
+        return code
+    from .bench.pipeline import run_pipeline
+
+    return run_pipeline(config, as_json=arguments.json, out=arguments.out)
 
 
 _GRID_KEYS = ("parallel.", "train.replica_groups=")
@@ -60,7 +111,12 @@ def _resume(run: Path, words: list[str], *, check_only: bool) -> int:
         raise errors.UserError(
             f"--resume continues a run as it was configured, but for parallel.*: leave out {other[0]!r}"
         )
-    grid = load_config(str(run / "config.yaml"), words) if words else None
+    file = run / "config.yaml"
+    grid = load_config(str(file), words) if words else None
+    if file.is_file():
+        code = _started_ranks(grid or load_config(str(file)))
+        if code is not None:
+            return code
     from .train import resume_training
 
     return resume_training(run, grid)
@@ -73,12 +129,12 @@ def _summary(config: Config) -> str:
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Arguments, and the words of `train` that are no flags: the config and its overrides, in order."""
+    """Arguments, and the words that are no flags: the config and its overrides, in order."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     # argparse fills a positional of many words from one run of them; words after a flag end up in `rest`.
     flags = [word for word in rest if word.startswith("-")]
-    if flags or (rest and arguments.command != "train"):
+    if flags or (rest and arguments.command not in ("train", "plan", "bench")):
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     return arguments, [*getattr(arguments, "words", []), *rest]
 
@@ -121,6 +177,40 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    plan = commands.add_parser(
+        "plan",
+        help="simulate a step on a grid of ranks",
+        usage="gtddp plan CONFIG [key=value ...] [--out FILE]",
+        description="Simulate a step on a grid of ranks: time, idle time, bytes and memory, and the timeline.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    plan.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", help="as for train")
+    plan.add_argument("--out", type=Path, metavar="FILE", help="the picture; default: <config>-plan.png")
+    doctor = commands.add_parser(
+        "doctor",
+        help="check whether ranks can train together here",
+        description="Check devices, versions, links and the shared folder, on all ranks that were started.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    doctor.add_argument("--dir", type=Path, default=Path(), metavar="DIR", help="where runs are to be written")
+    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="start so many ranks on this host")
+    doctor.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    bench = commands.add_parser(
+        "bench",
+        help="measure",
+        usage="gtddp bench pipeline [CONFIG] [key=value ...] [--json] [--out DIR]",
+        description="Measure on this machine. pipeline: a step on ranks, beside DeepSpeed's own pipeline engine.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    bench.add_argument("what", choices=("pipeline",), help="what to measure")
+    bench.add_argument("words", nargs="*", metavar="[CONFIG] [key=value ...]", help="default: the shipped config bench")
+    bench.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    bench.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder that also gets the figures, with the environment"
+    )
     return parser
 
 

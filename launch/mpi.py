@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # Rank and size as the MPIs name them. PMI_*: MPICH and Intel.
 VARIABLES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 # How long a rank that has failed waits for the others to fail too, before it ends without them.
-LEAVE_WITHIN_S = 5.0
+LEAVE_WITHIN_S = 3.0
 TO_FIRST, FROM_FIRST = 1, 2  # tags
 
 

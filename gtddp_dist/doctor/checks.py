@@ -243,10 +243,17 @@ def check_clocks(seconds: Sequence[float], facts: Sequence[RankFacts]) -> Check:
 def size(count: float) -> str:
     """Bytes for people."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
+        if count < 1000:
             return f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
+
+
+def duration(seconds: float) -> str:
+    """A short time for people."""
+    if seconds < 1e-3:
+        return f"{1e6 * seconds:.3g} us"
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _differences(facts: Sequence[RankFacts], get: Callable[[RankFacts], Hashable]) -> str:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .checks import Check, size, told_by
+from .checks import Check, duration, size, told_by
 from .facts import RankFacts
 from .folder import Meeting
 
@@ -190,7 +190,7 @@ def measure_sum(plane: Plane, world: int, rank: int, meeting: Meeting, timeout_s
     if bad:
         return Check(name, "problem", told_by(bad), "see the links: which of them is broken?")
     seconds = max(seconds for seconds, _ in answers)
-    text = f"{size(SUM_BYTES)} in {1e3 * seconds:.3g} ms"
+    text = f"{size(SUM_BYTES)} in {duration(seconds)}"
     if world > 1:
         text += f", {size(2 * (world - 1) / world * SUM_BYTES / seconds)}/s on each link of a ring"
     elif plane.backend == "nccl":

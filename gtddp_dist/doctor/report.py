@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from tabulate import tabulate
 
-from .checks import Check, size
+from .checks import Check, duration, size
 from .facts import RankFacts
 from .network import Link
 
@@ -51,7 +51,7 @@ def _links(links: Sequence[Link]) -> str:
         (
             f"{link.first} - {link.second}",
             link.kind,
-            "failed" if link.latency_s is None else f"{1e6 * link.latency_s:.3g} us",
+            "failed" if link.latency_s is None else duration(link.latency_s),
             "failed" if link.bytes_per_s is None else f"{size(link.bytes_per_s)}/s",
         )
         for link in links

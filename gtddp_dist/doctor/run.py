@@ -132,7 +132,7 @@ def _end(ranks: Ranks, checks: list[Check], facts: list[RankFacts], links: list[
         sys.stdout.flush()
     elif ranks.world > len(facts):
         # Rank 0 may not be there to say it.
-        print(f"gtddp doctor: rank {ranks.rank} on {ranks.host}: {checks[0].text}", file=sys.stderr, flush=True)
+        print(f"gtddp doctor (rank {ranks.rank}): {checks[0].text}", file=sys.stderr, flush=True)
     return FAILED if failed else OK
 
 

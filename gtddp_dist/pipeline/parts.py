@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import resource
@@ -35,6 +36,7 @@ from .company import Place, company
 from .costs import balanced_cuts, check_cuts, count_stages
 from .grid import Grid, Shape
 from .initialize import Engine
+from .plan import describe
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     chosen = config.parallel.cuts if cuts is None else cuts
     if chosen is None:
         sample = torch.zeros(_micro_batch(config), *data.train_images.shape[1:], dtype=next(model.parameters()).dtype)
-        chosen = balanced_cuts(count_stages(trajectory, sample), pipe)
+        twin = copy.deepcopy(model).to("meta")  # an optimizer's hooks must not see the counting
+        counting = describe(config, twin, trajectory, data.classes).counting
+        chosen = balanced_cuts(count_stages(trajectory, sample, counting), pipe)
     check_cuts(chosen, pipe, len(trajectory.stages))
     return Prepared(data, model, trajectory, tuple(chosen))
 
