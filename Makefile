@@ -18,7 +18,7 @@ help:  ## show this list
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test,lint]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[cluster,test,lint]'
 	touch $@
 
 venv: $(STAMP)  ## create .venv with everything that training, tests and lint need

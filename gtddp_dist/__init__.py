@@ -1,7 +1,8 @@
 """GT-DDP: a game-theoretic second-order optimizer for training residual networks.
 
-`GTDDP` is a `torch.optim.Optimizer`; `curvature` holds the base optimizers it can stand on. Both are imported
-when first used: the command line must answer `--help` and configuration errors without loading torch.
+`GTDDP` is a `torch.optim.Optimizer`; `curvature` holds the base optimizers it can stand on; `initialize` puts a model
+on a grid of ranks. All are imported when first used: the command line must answer `--help` and configuration errors
+without loading torch.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import curvature as curvature
     from .optimizer import GTDDP as GTDDP
+    from .pipeline.initialize import Engine as Engine
+    from .pipeline.initialize import initialize as initialize
     from .trajectory import Trajectory as Trajectory
 
 __version__ = "0.1.0"
 
-__all__ = ["GTDDP", "Trajectory", "__version__", "curvature"]
+__all__ = ["GTDDP", "Engine", "Trajectory", "__version__", "curvature", "initialize"]
 
-_LAZY = {"GTDDP": ".optimizer", "Trajectory": ".trajectory", "curvature": ".curvature"}
+_LAZY = {
+    "Engine": ".pipeline.initialize",
+    "GTDDP": ".optimizer",
+    "Trajectory": ".trajectory",
+    "curvature": ".curvature",
+    "initialize": ".pipeline.initialize",
+}
 
 
 def __getattr__(name: str) -> object:

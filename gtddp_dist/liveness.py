@@ -40,6 +40,10 @@ ACKNOWLEDGE_WITHIN_S: Final = 10.0
 START_WITHIN_S: Final = 120.0
 """How long a rank may take to its first sign of life, after that of rank 0."""
 
+START_EXTRA_S: Final = 30.0
+"""How much longer than `lost_after_s` silence is borne until all have begun: as long as ranks connect to the store it
+may answer late, since its one thread looks up their names, and a lookup that finds no name server takes seconds."""
+
 ENDED: Final = "ended"
 FAILED_WITH: Final = "failed: "
 
@@ -135,6 +139,8 @@ class Heartbeats:
         """Rank 0: who has asked for the how-manieth time -> the number of each rank's last sign of life then."""
         self._answered = threading.Event()
         """Set once the main thread's question is answered, one way or the other."""
+        self._all_here = False
+        """Whether all ranks have begun."""
         self._over = threading.Event()
         """Set once all ranks have left their block."""
         self._leaving = False
@@ -219,8 +225,7 @@ class Heartbeats:
                     self._watch_first(seen)
                 self._last_round = (time.monotonic(), self._clock.now)
                 # A final word is given at once.
-                knows_the_first = self.rank == 0 or self._who_is_first
-                deadline = time.monotonic() + (EVERY_S if knows_the_first else EVERY_S / 10)
+                deadline = time.monotonic() + (EVERY_S if self._all_here else EVERY_S / 10)
                 while time.monotonic() < deadline and not self._quit.is_set():
                     if self._final is not None and not self._final_given.is_set():
                         break
@@ -254,6 +259,9 @@ class Heartbeats:
             self._store.set("lost", json.dumps([[loss.rank, loss.who, loss.why] for loss in losses]))
             self._declare(losses)
             return
+        if not self._all_here and len(beats) == self.world - 1:
+            self._store.set("all here", "")
+            self._all_here = True
         self._answer_the_troubled(beats)
         if all(beats.get(rank) == ENDED for rank in range(1, self.world)):
             self._over.set()
@@ -303,19 +311,25 @@ class Heartbeats:
             silent_s = self._clock.now - seen[rank][1]
             if value.startswith(FAILED_WITH):
                 losses.append(Loss(rank, self._who(rank), value))
-            elif value != ENDED and silent_s > self._lost_after_s:
+            elif value != ENDED and silent_s > self._limit_s:
                 losses.append(Loss(rank, self._who(rank), f"gave no sign of life for {silent_s:.0f} s"))
         return losses
+
+    @property
+    def _limit_s(self) -> float:
+        """How long silence is borne."""
+        return self._lost_after_s if self._all_here else self._lost_after_s + START_EXTRA_S
 
     def _who(self, rank: int) -> str:
         return self._store.get(f"who/{rank}").decode()
 
     def _await_acknowledgement(self) -> None:
         """Rank 0 at its end: lets this process end once the survivors have heard why."""
+        beats = self._read_beats(range(1, self.world), {})
         survivors = [
             rank
-            for rank, beat in self._read_beats(range(1, self.world), {}).items()
-            if rank not in self.lost and beat != ENDED and not beat.startswith(FAILED_WITH)
+            for rank in range(1, self.world)  # also those whose first sign of life is still to come
+            if rank not in self.lost and not beats.get(rank, "").startswith((ENDED, FAILED_WITH))
         ]
         if all(self._store.check([f"heard/{rank}"]) for rank in survivors):
             self._may_end.set()
@@ -324,6 +338,8 @@ class Heartbeats:
         """The other ranks: look at rank 0, and at what it tells."""
         if not self._who_is_first and self._store.check(["who/0"]):
             self._who_is_first = self._who(0)
+        if not self._all_here:
+            self._all_here = self._store.check(["all here"])
         if self._known.is_set():
             return
         if self._store.check(["lost"]):
@@ -370,7 +386,7 @@ class Heartbeats:
                     self._end_process()
                 return
             silent_s = self._clock.now - self._last_round[1]
-            if silent_s > self._lost_after_s:
+            if silent_s > self._limit_s:
                 self._store_is_gone(f"no answer for {silent_s:.0f} s")
 
     def _declare(self, losses: list[Loss]) -> None:

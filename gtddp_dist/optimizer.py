@@ -386,7 +386,15 @@ class GTDDP(torch.optim.Optimizer):
 
     def diagnostics(self) -> dict[str, float]:
         """Figures of the last step: see :func:`gtddp_dist.diagnostics.figures`. Waits for the device."""
-        return {**figures(self._facts.totals()), "skipped_steps": float(self.skipped_steps)}
+        return {**figures(self._facts.totals()), **self.ages(), "skipped_steps": float(self.skipped_steps)}
+
+    def ages(self) -> dict[str, float]:
+        """Oldest age, in steps, of curvature factors and bases; nothing where there are none."""
+        oldest: dict[str, float] = {}
+        for player in self.trajectory.players:
+            for name, age in self.curvature.ages(self._controls(player)).items():
+                oldest[name] = max(age, oldest.get(name, 0.0))
+        return oldest
 
     def value(self, cut: int, group: int = 0) -> ExplicitValue:
         """V_z and V_zz at a cut in the last step, in explicit form (needs ``inspect=True``; small nets)."""

@@ -360,7 +360,7 @@ def train_baseline(config: Config, run: RunDirectory, stop: StopRequest, builder
     """Trains the base optimizer at the same settings in `baseline/`, or continues that."""
     base, team = baseline_config(config, run), builder.team
     there = RunDirectory(run.baseline)
-    ended, begun = team.any(there.read_summary() is not None, any(there.checkpoints.glob(f"*/{checkpoint.INDEX}")))
+    ended, begun = team.any(there.read_summary() is not None, any(there.checkpoints.glob(f"step-*/{checkpoint.INDEX}")))
     if ended:
         return OK  # one way or the other
     tell(team, f"now the base optimizer, {base.optimizer.name}, at the same settings")

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gtddp_dist import checkpoint
 from gtddp_dist.checkpoint import CheckpointError
+from gtddp_dist.checkpoint_writer import Writer
 from gtddp_dist.training_state import Progress, TrainingState, decode, encode
 
 SHARD = "shard-00000-of-00001.safetensors"
@@ -63,6 +64,25 @@ def test_tensors_and_values_come_back_exactly(tmp_path: Path) -> None:
         assert torch.equal(read.tensors[name], tensor), name
 
 
+def test_the_format_is_that_of_version_1_to_the_byte(tmp_path: Path) -> None:
+    # Written by the version before checkpoints had several shards.
+    expected = {
+        SHARD: "482b2bdaeba7920007d9ef123193df4a7e7f68081b7ee606a1670dffeb64dfe9",
+        checkpoint.INDEX: "6db36a15713474a5bb72bb0665566952283a5b09b31e4cb15d1c8cb156dc8b91",
+    }
+    tensors = {
+        "model/weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),
+        "optimizer/weight/step": torch.tensor(3.0),
+    }
+    values: dict[str, checkpoint.JSON] = {"progress": {"step": 120, "third": 1 / 3}}
+    by_call = checkpoint.save(tmp_path / "call", 120, tensors, values, keep=1)
+    with Writer(tmp_path / "thread", rank=0, world=1, keep=1) as writer:
+        writer.save(120, tensors, values)
+    for folder in (by_call, tmp_path / "thread" / by_call.name):
+        written = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+        assert written == expected
+
+
 def test_views_and_tensors_that_share_memory_can_be_saved(tmp_path: Path) -> None:
     whole = torch.randn(4, 6)
     tensors = {"a": whole, "tied": whole, "transposed": whole.t(), "part": whole[1, 2:5]}
@@ -72,13 +92,16 @@ def test_views_and_tensors_that_share_memory_can_be_saved(tmp_path: Path) -> Non
 
 
 def test_shards_of_several_ranks_make_one_checkpoint(tmp_path: Path) -> None:
-    folder = checkpoint.begin(tmp_path, 7)
+    folder = checkpoint.begin(tmp_path, 7, "once")
     first = checkpoint.write_shard(folder, {"model/a": torch.ones(2)}, rank=0, world=2)
     second = checkpoint.write_shard(folder, {"model/b": torch.zeros(3)}, rank=1, world=2)
     with pytest.raises(CheckpointError, match=r"no index\.json"):
         checkpoint.load(folder)
     # Entries are plain data: another rank can send its own.
     checkpoint.write_index(folder, 7, json.loads(json.dumps([first, second])), {})
+    assert checkpoint.newest_valid(tmp_path)[0] is None  # only once it has its name
+    folder = checkpoint.publish(folder)
+    assert folder.name == "step-00000007"
     assert {name: len(tensor) for name, tensor in checkpoint.load(folder).tensors.items()} == {
         "model/a": 2,
         "model/b": 3,
@@ -212,13 +235,13 @@ def test_names_shapes_and_types_have_to_be_those_of_the_index(tmp_path: Path) ->
 def test_prune_keeps_the_newest_complete_ones(tmp_path: Path) -> None:
     for step in (5, 10, 9):
         save(tmp_path, step)
-    checkpoint.begin(tmp_path, 12)  # being written by somebody: no index yet
+    checkpoint.begin(tmp_path, 12, "now")  # being written by somebody: no index yet
     (tmp_path / ".removed-step-00000001").mkdir()  # left by an interrupted removal
     checkpoint.prune(tmp_path, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "step-00000009",
         "step-00000010",
-        "step-00000012",
+        "unfinished-step-00000012-now",
     ]
     with pytest.raises(ValueError, match="keep is 0"):
         checkpoint.prune(tmp_path, keep=0)
@@ -340,13 +363,16 @@ def take_steps(state: TrainingState, count: int) -> None:
         state.optimizer.zero_grad()
         F.mse_loss(state.model(torch.randn(8, 4, dtype=dtype)), torch.zeros(8, 4, dtype=dtype)).backward()
         state.optimizer.step()
+        assert state.scheduler is not None
         state.scheduler.step()
         state.progress.step += 1
 
 
 def as_checkpoint(state: TrainingState, directory: Path) -> checkpoint.Checkpoint:
-    tensors, values = state.collect()
-    return checkpoint.load(checkpoint.save(directory, state.progress.step, tensors, values, keep=1))
+    tensors, values, own = state.collect()
+    with Writer(directory, rank=0, world=1, keep=1) as writer:
+        writer.save(state.progress.step, tensors, values, rank_values=own)
+    return checkpoint.load(checkpoint.folder_of(directory, state.progress.step), state.wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -359,13 +385,14 @@ def test_a_restored_run_goes_on_bitwise(tmp_path: Path, optimizer: str, dtype: t
 
     resumed = make_state(optimizer, seed=1, dtype=dtype)  # other weights, other random numbers
     resumed.restore(saved)
-    tensors, values = resumed.collect()
-    assert values == saved.values and tensors.keys() == saved.tensors.keys()
+    tensors, _, _ = resumed.collect()
+    assert tensors.keys() == saved.tensors.keys()
+    assert as_checkpoint(resumed, tmp_path / "again").values == saved.values
     for name, tensor in saved.tensors.items():
         assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor), name
     take_steps(resumed, 3)
-    expected, expected_values = unbroken.collect()
-    got, got_values = resumed.collect()
+    expected, *expected_values = unbroken.collect()
+    got, *got_values = resumed.collect()
     assert got.keys() == expected.keys()
     for name in expected:
         assert got[name].dtype == expected[name].dtype
@@ -376,7 +403,7 @@ def test_a_restored_run_goes_on_bitwise(tmp_path: Path, optimizer: str, dtype: t
 def test_optimizer_state_is_keyed_by_the_name_of_its_parameter(tmp_path: Path) -> None:
     state = make_state("adam", seed=0)
     take_steps(state, 2)
-    tensors, _ = state.collect()
+    tensors, _, _ = state.collect()
     assert torch.equal(
         tensors["optimizer/norm.bias/exp_avg"],
         state.optimizer.state[state.model.get_parameter("norm.bias")]["exp_avg"],

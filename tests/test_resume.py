@@ -108,8 +108,11 @@ def assert_equal_runs(run_dir: str, expected_dir: str) -> None:
         ["optimizer.momentum=0.9", "schedule.name=cosine", "schedule.warmup_steps=12", "model.batch_norm=true"],
         ["optimizer.name=gtddp-adam", "optimizer.gauss_newton_weight=0.1", "train.micro_batches=2"],
         ["optimizer.name=gtddp-sgd", "optimizer.terminal=sampled", "optimizer.momentum=0.9"],
+        # Bases made at steps 0, 8 and 16, factors every other step: the stop at 10 is between two of each.
+        ["optimizer.name=gtddp-ekfac", "optimizer.basis_every=8", "optimizer.factor_every=2", "optimizer.momentum=0.5"],
+        ["optimizer.name=gt-kfac", "optimizer.basis_every=8", "optimizer.fisher=sampled"],
     ],
-    ids=["adam", "momentum-cosine-batchnorm", "gtddp-adam", "gtddp-sgd-sampled"],
+    ids=["adam", "momentum-cosine-batchnorm", "gtddp-adam", "gtddp-sgd-sampled", "gtddp-ekfac", "gt-kfac-sampled"],
 )
 def test_a_resumed_run_equals_an_unbroken_one(dtype: str, overrides: list[str]) -> None:
     options = [f"train.dtype={dtype}", *overrides]

@@ -173,6 +173,10 @@ class Curvature(ABC):
     ) -> None:
         """Take the step -R^-1 (p + c) in place, for the parameters in ``gradient``, and bring the state up to date."""
 
+    def ages(self, controls: Controls) -> dict[str, float]:
+        """Steps since parts of the curvature that are not renewed at every step were: name -> age, for a log."""
+        return {}
+
     def absorbs_correction(self, controls: Controls, momentum_of: MomentumOf) -> bool:
         """Whether an update with (g, c) equals one with (g + c, 0): one weighted gradient then serves both."""
         return False

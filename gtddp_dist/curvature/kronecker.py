@@ -186,7 +186,22 @@ class KroneckerCurvature(Curvature):
         if steps % self.factor_every == 0:
             self._correct(controls, samples, layers, new, evidence.ranks)
         new[first]["step"] = torch.tensor(float(steps + 1))
-        return new
+        # Decompositions have other strides than what a checkpoint gives back, on which the last bit of products depends.
+        return {name: {key: value.contiguous() for key, value in state.items()} for name, state in new.items()}
+
+    def ages(self, controls: Controls) -> dict[str, float]:
+        """Of the factors' last update and of the bases: more than ``basis_every`` where a decomposition failed."""
+        first = next(iter(controls.parameters))
+        if controls.player is None or "step" not in controls.state[first]:
+            return {}
+        last = int(controls.state[first]["step"]) - 1
+        failures = max(
+            (int(state["basis_failures"]) for state in controls.state.values() if "basis_failures" in state), default=0
+        )
+        return {
+            "factor_age": float(last % self.factor_every),
+            "basis_age": float(last % self.basis_every + failures * self.basis_every),
+        }
 
     def mix(self, state: State, key: str, value: Tensor, module: str, ranks: Collectives) -> None:
         """Take a new value, averaged over replicas, into a running average; the first one is the average."""

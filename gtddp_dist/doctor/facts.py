@@ -21,7 +21,7 @@ from ..checkpoint import JSON
 from ..environment import describe_environment, select_device
 from ..errors import UserError
 
-CLUSTER_PACKAGES = ("deepspeed", "mpi4py", "submitit")
+CLUSTER_PACKAGES = ("deepspeed", "mpi4py")
 """Those of the extra `cluster`."""
 
 SHARED_MEMORY = Path("/dev/shm")

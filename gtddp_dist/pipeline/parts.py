@@ -141,6 +141,9 @@ class RankParts(Parts):
             return {}
         own = dataclasses.astuple(self._engine.worker.facts.totals())
         told = figures(Totals.joined(Totals(*numbers) for numbers in self._engine.grid.gather(own)))
+        ages = self.optimizer.ages()  # the same names in every segment
+        oldest = [max(column) for column in zip(*self._engine.grid.gather(list(ages.values())), strict=True)]
+        told |= dict(zip(ages, oldest, strict=True))
         told["skipped_steps"] = float(self.optimizer.skipped_steps)
         if "predicted_decrease" in told:
             told["actual_decrease"] = loss - self.step.loss_now(images, labels)
