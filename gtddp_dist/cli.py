@@ -85,6 +85,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     ranks = discover()
     if ranks is None and arguments.ranks > 1:
         return local.start([sys.executable, "-m", "gtddp_dist", *sys.argv[1:]], arguments.ranks)
+    if ranks is not None and ranks.started_by == "gtddp":
+        local.enter()
     from .doctor import run_doctor
 
     return run_doctor(arguments.dir, ranks, as_json=arguments.json)

@@ -74,6 +74,7 @@ class GTDDP(torch.optim.Optimizer):
             self.options = Options(**options)  # type: ignore[arg-type]
         except TypeError as error:
             raise OptionError(f"{error}; the options are {', '.join(Options.__dataclass_fields__)}") from None
+        self.options = self.options.on_base(curvature.gauss_newton_weight)
         self.curvature = curvature.cooperating(self.options.cooperation)
         if self.curvature.stream != "gradient" and self.options.statistics == "value":
             raise OptionError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from .capture import Stream
@@ -25,7 +25,7 @@ class Options:
 
     Attributes:
         gauss_newton_weight: rho, the weight of the terminal Hessian; 0 is the base optimizer; "1/B" is one over the
-            recursion group's size.
+            recursion group's size; None: the base's own default (:attr:`Curvature.gauss_newton_weight`).
         control_hessian: "proximal": Q_uu = R + F_u^T V_zz' F_u; "replace": Q_uu = R (Sec. 4.1).
         value_hessian: "batch": all of M; "block_diagonal": its diagonal (Sec. 4.2).
         terminal: the curvature cotangent: "loss_gradient" (Prop. 5), "sampled" labels of the softmax, or "exact":
@@ -45,7 +45,7 @@ class Options:
         seed: keys the sampled labels.
     """
 
-    gauss_newton_weight: float | Literal["1/B"] = 0.1
+    gauss_newton_weight: float | Literal["1/B"] | None = None
     control_hessian: ControlHessian = "proximal"
     value_hessian: ValueHessian = "batch"
     terminal: Terminal = "loss_gradient"
@@ -72,7 +72,7 @@ class Options:
                 words = [repr(choice) for choice in choices if isinstance(choice, str)]
                 raise OptionError(f"{option.name}={value!r}, expected one of {', '.join(words)}")
         rho = self.gauss_newton_weight
-        if rho != "1/B" and not (isinstance(rho, int | float) and 0 <= rho < float("inf")):
+        if rho not in ("1/B", None) and not (isinstance(rho, int | float) and 0 <= rho < float("inf")):
             raise OptionError(f"gauss_newton_weight={rho!r}, expected a number >= 0 or '1/B'")
         whole = isinstance(self.scope, int) and not isinstance(self.scope, bool) and self.scope > 0
         if self.scope not in ("batch", "micro_batch") and not whole:
@@ -91,6 +91,7 @@ class Options:
     @property
     def feedback(self) -> bool:
         """Whether there is a recursion at all."""
+        assert self.gauss_newton_weight is not None, "on_base() says which"
         return self.gauss_newton_weight != 0
 
     @property
@@ -100,7 +101,12 @@ class Options:
 
     def rho(self, samples: int) -> float:
         """The Gauss-Newton weight for a recursion group of that many samples."""
+        assert self.gauss_newton_weight is not None
         return 1 / samples if isinstance(self.gauss_newton_weight, str) else self.gauss_newton_weight
+
+    def on_base(self, default_weight: float) -> Options:
+        """The same with the base's weight where none was given."""
+        return self if self.gauss_newton_weight is not None else replace(self, gauss_newton_weight=default_weight)
 
 
 PAPER = {

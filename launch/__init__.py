@@ -1,18 +1,15 @@
 """How the processes of a run are started, and how a run is asked to stop.
 
-One file here for each way of starting: `single` (one process, here), `local` (gtddp starts the ranks of one host),
-`torchrun`, `mpi` and `slurm` (they have started them). The last four have `discover`, which tells from the environment
-whether a process was started that way; `WAYS` has them in order. The package imports no torch, so that starting
-ranks stays cheap.
+One file here for each way of starting: `local` (gtddp starts the ranks of one host), `torchrun`, `mpi` and `slurm` (they
+have started them). Each has `discover`, which tells from the environment whether a process was started that way; `WAYS`
+has them in order. The package imports no torch, so that starting ranks stays cheap.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from ..errors import OK, REQUEUE, UserError
 from . import local, mpi, slurm, torchrun
@@ -21,9 +18,7 @@ from .rendezvous import RankMissing, Rendezvous, agree_on_start
 from .stop import StopRequest
 
 __all__ = [
-    "LAUNCHERS",
     "WAYS",
-    "Launcher",
     "RankMissing",
     "Ranks",
     "Rendezvous",
@@ -31,7 +26,6 @@ __all__ = [
     "agree_on_start",
     "discover",
     "launch",
-    "launcher",
 ]
 
 Work = Callable[[StopRequest, Ranks], int]
@@ -109,29 +103,3 @@ def _mismatch(ranks: Ranks, wanted: int) -> str:
         f"{ranks.started_by} started {ranks.world} process{'es' if plural else ''}: {fix}, or choose parallel.pipe and "
         f"parallel.data whose product is {ranks.world}"
     )
-
-
-# The interface of a run with one process, for callers that know no ranks.
-
-
-class Launcher(Protocol):
-    """Starts the process of a run."""
-
-    def launch(self, work: Callable[[StopRequest], int]) -> int:
-        """Runs `work` and returns the exit code of the run."""
-        ...
-
-
-LAUNCHERS = {"single": "gtddp_dist.launch.single:Single"}
-
-
-def launcher(name: str) -> Launcher:
-    """The launcher registered under `name`.
-
-    Raises `ValueError` for a name that is not registered.
-    """
-    if name not in LAUNCHERS:
-        raise ValueError(f"no launcher is called {name!r}; there are: {', '.join(sorted(LAUNCHERS))}")
-    module, _, attribute = LAUNCHERS[name].partition(":")
-    found: Launcher = getattr(importlib.import_module(module), attribute)()
-    return found

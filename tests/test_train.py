@@ -26,7 +26,7 @@ from gtddp_dist.data import DataSet
 from gtddp_dist.data.digits import load as load_digits
 from gtddp_dist.environment import _check_kernels, describe_environment, select_device
 from gtddp_dist.errors import FAILED, OK, REQUEUE, UserError
-from gtddp_dist.launch import StopRequest, launcher
+from gtddp_dist.launch import StopRequest
 from gtddp_dist.launch.stop import STOP_SIGNALS
 from gtddp_dist.parts import Parts, build
 from gtddp_dist.run_directory import MetricsLog, RunDirectory, existing_run, new_run, read_metrics
@@ -546,12 +546,6 @@ def test_a_stop_request_outside_the_main_thread_installs_no_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.SIG_DFL, True]
-
-
-def test_launchers_by_name() -> None:
-    assert launcher("single").launch(lambda stop: 75 if stop.requested else 3) == 3
-    with pytest.raises(ValueError, match="no launcher is called 'slurn'; there are: single"):
-        launcher("slurn")
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,11 @@ class Curvature(ABC):
         return True
 
     @property
+    def gauss_newton_weight(self) -> float:
+        """The weight rho of the terminal Hessian that goes with this base by default (docs/study-defaults.md)."""
+        return 0.03
+
+    @property
     def needs_samples(self) -> bool:
         """Whether statistics are made of per-sample quantities."""
         return False

@@ -33,6 +33,10 @@ class EKFAC(KroneckerCurvature):
         )
 
     @property
+    def gauss_newton_weight(self) -> float:
+        return 0.1
+
+    @property
     def of_paper(self) -> Cooperation:
         # The pairs' own second moments take the place of Theorem 3's factors.
         return "exact"

@@ -186,7 +186,7 @@ class KroneckerCurvature(Curvature):
         if steps % self.factor_every == 0:
             self._correct(controls, samples, layers, new, evidence.ranks)
         new[first]["step"] = torch.tensor(float(steps + 1))
-        # Decompositions have other strides than what a checkpoint gives back, on which the last bit of products depends.
+        # Decompositions have other strides than a checkpoint gives back; the last bit of products depends on them.
         return {name: {key: value.contiguous() for key, value in state.items()} for name, state in new.items()}
 
     def ages(self, controls: Controls) -> dict[str, float]:

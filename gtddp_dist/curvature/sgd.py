@@ -38,6 +38,10 @@ class SGD(DiagonalCurvature):
         )
 
     @property
+    def gauss_newton_weight(self) -> float:
+        return 0.1
+
+    @property
     def adaptive(self) -> bool:
         return False
 

@@ -87,7 +87,7 @@ class Company:
             if place.ranks.world > 1:
                 stack.enter_context(
                     Heartbeats(
-                        rendezvous.store,
+                        dist.PrefixStore("alive", rendezvous.store),
                         place.ranks.rank,
                         place.ranks.world,
                         str(place),
