@@ -93,8 +93,24 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
+    if arguments.join is not None:
+        if arguments.what != "scaling" or words:
+            raise errors.UserError("--join joins the figures of bench scaling, and takes no config")
+        from .bench.scaling_report import join
+
+        return join(arguments.join, as_json=arguments.json)
     named = bool(words) and "=" not in words[0]
-    _, config = _configured(words if named else ["bench", *words], "bench")
+    name, *overrides = words if named else ["bench", *words]
+    config = load_config(name, overrides)
+    if arguments.what == "scaling":
+        from .bench.scaling import Request, run_scaling
+
+        request = Request(name, tuple(overrides), arguments.ranks, arguments.grid, arguments.out)
+        return run_scaling(request, config, list_only=arguments.list, as_json=arguments.json)
+    if arguments.what == "stages":
+        from .bench.stages import run_stages
+
+        return run_stages(config, as_json=arguments.json, out=arguments.out)
     code = _started_ranks(config)
     if code is not None:
         return code
@@ -202,17 +218,30 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="measure",
-        usage="gtddp bench pipeline [CONFIG] [key=value ...] [--json] [--out DIR]",
-        description="Measure on this machine. pipeline: a step on ranks, beside DeepSpeed's own pipeline engine.",
+        usage=(
+            "gtddp bench pipeline|stages [CONFIG] [key=value ...] [--json] [--out DIR]\n"
+            "       gtddp bench scaling [CONFIG] [key=value ...] [--ranks N] [--grid pipe=P,data=D | --list] [--json] "
+            "[--out DIR]\n"
+            "       gtddp bench scaling --join DIR [--json]"
+        ),
+        description=(
+            "Measure on this machine, with random images (bench.image, bench.classes). pipeline: a step on ranks, "
+            "beside DeepSpeed's own pipeline engine. stages: every stage in one process, for plan.costs. scaling: "
+            "a step on all grids that some number of ranks can make."
+        ),
         epilog=_EXIT_CODES,
         allow_abbrev=False,
     )
-    bench.add_argument("what", choices=("pipeline",), help="what to measure")
+    bench.add_argument("what", choices=("pipeline", "stages", "scaling"), help="what to measure")
     bench.add_argument("words", nargs="*", metavar="[CONFIG] [key=value ...]", help="default: the shipped config bench")
     bench.add_argument("--json", action="store_true", help="print JSON in place of a table")
     bench.add_argument(
         "--out", type=Path, metavar="DIR", help="folder that also gets the figures, with the environment"
     )
+    bench.add_argument("--ranks", type=int, metavar="N", help="scaling: the most ranks; default: one a core or GPU")
+    bench.add_argument("--grid", metavar="pipe=P,data=D", help="scaling: this grid alone, on ranks that are there")
+    bench.add_argument("--list", action="store_true", help="scaling: print the grids, one a line, and measure nothing")
+    bench.add_argument("--join", type=Path, metavar="DIR", help="scaling: join the figures that --grid left in DIR")
     return parser
 
 

@@ -259,7 +259,7 @@ class ParallelConfig:
     sync_batch_norm: bool = False
     """BatchNorm over a micro-batch of all replicas, in place of each replica's own."""
     zero: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: replicas share out the state of a base optimizer (DeepSpeed's ZeRO-1)."""
+    """1: replicas share out the state of a base optimizer (ZeRO-1)."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """What carries tensors between ranks; auto: nccl on GPUs, else gloo."""
     lost_after_s: Annotated[float, Field(ge=5, le=3600)] = 30.0

@@ -18,6 +18,7 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -111,8 +112,9 @@ class TrainingState:
         rank_values: dict[str, JSON] = {"random": {rank: random_values}}
         if self.team.writes_state:
             tensors |= {f"model/{name}": tensor for name, tensor in _model_tensors(self.model).items()}
-            tensors |= optimizer_tensors
             rank_values["optimizer"] = {"members": members, "values": optimizer_values}
+        if self.team.writes_state or isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            tensors |= optimizer_tensors  # all of them, or with ZeRO the replica's own share
         if self.team.rank != 0:
             return tensors, {}, rank_values
         groups = [
@@ -265,7 +267,7 @@ def _collect_optimizer(
                 raise CheckpointError("optimizer: it holds a parameter that is not in the model")
             name = names[id(parameter)]
             members[name] = number
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in _state_of(optimizer).get(parameter, {}).items():
                 if not isinstance(key, str) or "/" in key:
                     raise CheckpointError(f"optimizer/{name}: a checkpoint cannot hold state called {key!r}")
                 if isinstance(value, Tensor):
@@ -296,7 +298,8 @@ def _restore_optimizer(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    optimizer.state.clear()
+    state, share = _state_of(optimizer), _share_of(optimizer)
+    state.clear()
     for key, tensor in checkpoint.tensors.items():
         if not key.startswith("optimizer/"):
             continue
@@ -304,18 +307,32 @@ def _restore_optimizer(
         if name not in parameters:
             raise CheckpointError(f"{checkpoint.folder}: {key!r}: the model has no parameter {name!r}")
         parameter = parameters[name]
+        if id(parameter) not in share:
+            continue
         on_cpu = state_key == "step" and stays.get(id(parameter), True)
         restored = tensor.clone() if on_cpu else tensor.to(parameter.device, copy=True)
         if restored.shape == parameter.shape and restored.ndim:
             # As the optimizer makes it: in the memory format of the parameter.
             restored = torch.empty_like(parameter, dtype=restored.dtype).copy_(restored)
-        optimizer.state[parameter][state_key] = restored
+        state[parameter][state_key] = restored
     for key, value in _object(saved.get("values"), "optimizer/values", checkpoint).items():
         name, _, state_key = key.rpartition("/")
-        if name in parameters:
-            optimizer.state[parameters[name]][state_key] = value
+        if name in parameters and id(parameters[name]) in share:
+            state[parameters[name]][state_key] = value
     if isinstance(optimizer, HasExtraState):
         optimizer.load_extra_state(cast(dict[str, JSON], saved["extra"]))
+
+
+def _state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, object]]:
+    """State by parameter; with ZeRO of this replica's share of them."""
+    owner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return cast(dict[Tensor, dict[str, object]], owner.state)
+
+
+def _share_of(optimizer: Optimizer) -> set[int]:
+    """Ids of the parameters whose state this replica keeps."""
+    owner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+    return {id(parameter) for group in owner.param_groups for parameter in group["params"]}
 
 
 def _collect_random(prefix: str) -> tuple[dict[str, Tensor], JSON]:

@@ -1,6 +1,6 @@
 """How the processes of a run are started, and how a run is asked to stop.
 
-One file here for each way of starting: `local` (gtddp starts the ranks of one host), `torchrun`, `mpi` and `slurm` (they
+One file here for each way of starting: `local` (gtddp starts the ranks of one host), `torchrun`, `mpi`, `slurm` (they
 have started them). Each has `discover`, which tells from the environment whether a process was started that way; `WAYS`
 has them in order. The package imports no torch, so that starting ranks stays cheap.
 """

@@ -17,13 +17,14 @@ from torch.nn import functional as F
 from ..build import plain_parts
 from ..config_schema import Config, OptimizerConfig
 from ..parts import new_optimizer_of
-from ..pipeline.costs import balanced_cuts, check_cuts, count_stages
 from ..pipeline.engine import quiet
 from ..pipeline.grid import Grid
 from ..pipeline.initialize import Engine
-from ..registry import MODELS, OPTIMIZERS, load_object
+from ..registry import OPTIMIZERS
 from ..tracing import trace
+from ..training_step import Precision
 from ..trajectory import LiveValue, Stage, Trajectory
+from .subject import micro_batch_of, new_model
 
 
 class Contender(Protocol):
@@ -36,40 +37,6 @@ class Contender(Protocol):
         ...
 
 
-def new_model(config: Config) -> nn.Module:
-    """The configured network for the images of `bench`; the same weights at every call."""
-    torch.manual_seed(config.train.seed)
-    channels, height, _ = config.bench.image
-    build = load_object(MODELS[config.model.name].builder)
-    model: nn.Module = build(config.model, in_channels=channels, classes=config.bench.classes, image_size=height)  # type: ignore[operator]
-    return model.to(torch.float64 if config.train.dtype == "float64" else torch.float32)
-
-
-def micro_batch_of(config: Config) -> int:
-    """Samples of a micro-batch."""
-    return config.train.batch_size // (config.train.micro_batches * config.parallel.data)
-
-
-def cut(config: Config) -> tuple[Trajectory, tuple[int, ...]]:
-    """A network's stages, and where the configuration cuts them (else balanced by counted work)."""
-    model = new_model(config)
-    trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
-    sample = torch.zeros(micro_batch_of(config), *config.bench.image, dtype=next(model.parameters()).dtype)
-    cuts = config.parallel.cuts or balanced_cuts(count_stages(trajectory, sample), config.parallel.pipe)
-    check_cuts(cuts, config.parallel.pipe, len(trajectory.stages))
-    return trajectory, tuple(cuts)
-
-
-def batches(config: Config, grid: Grid, step: int) -> tuple[list[Tensor], list[Tensor]]:
-    """This replica's random micro-batches of a step; the same on all segments."""
-    generator = torch.Generator().manual_seed(1000 * step + grid.replica)
-    n, b = config.train.micro_batches, micro_batch_of(config)
-    dtype = torch.float64 if config.train.dtype == "float64" else torch.float32
-    inputs = [torch.randn(b, *config.bench.image, generator=generator, dtype=dtype).to(grid.device) for _ in range(n)]
-    targets = [torch.randint(config.bench.classes, (b,), generator=generator).to(grid.device) for _ in range(n)]
-    return inputs, targets
-
-
 class Ours:
     """This package's engine with the optimizer of that name."""
 
@@ -79,6 +46,7 @@ class Ours:
         own = dataclasses.replace(config, optimizer=OptimizerConfig(name=optimizer, **options))
         model = new_model(own).to(grid.device)
         trajectory = trace(model, **plain_parts(model, own), projection=own.optimizer.projection or "cooperative")
+        precision = Precision(config.train.dtype, grid.device)
         self.engine = Engine(
             model,
             trajectory,
@@ -88,6 +56,11 @@ class Ours:
             cuts=cuts,
             micro_batch=micro_batch_of(own),
             n_micro=own.train.micro_batches,
+            clip_norm=own.train.clip_norm,
+            autocast=precision.autocast,
+            scaler=precision.new_scaler(),
+            sync_batch_norm=own.parallel.sync_batch_norm,
+            zero=own.parallel.zero if optimizer == config.optimizer.name else 0,
         )
 
     def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:

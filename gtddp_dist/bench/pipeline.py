@@ -18,7 +18,7 @@ from ..environment import describe_environment
 from ..errors import OK
 from ..files import write_text_atomically
 from ..launch import Ranks, StopRequest, launch
-from ..pipeline.company import Place, company
+from ..pipeline.company import company
 from ..pipeline.grid import Grid, Shape
 
 CONTENDERS = ("sgd", "gtddp-sgd")
@@ -44,13 +44,12 @@ def run_pipeline(config: Config, *, as_json: bool, out: Path | None) -> int:
     """Times contenders in turn on `parallel.pipe` x `parallel.data` ranks; an exit code."""
 
     def work(stop: StopRequest, ranks: Ranks) -> int:
-        from .contenders import cut
+        from .subject import cut, place_of
 
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
         trajectory, cuts = cut(config)
-        shape = Shape(config.parallel.pipe, config.parallel.data)
-        place = Place(ranks, shape, cuts, len(trajectory.stages), None, None)
+        place = place_of(config, ranks, cuts, len(trajectory.stages))
         facts = {"gtddp-dist": __version__, "torch": torch.__version__, "cuts": str(cuts)}
         with company(place, facts, lost_after_s=config.parallel.lost_after_s) as grid:
             rows = measure(config, grid, cuts)
@@ -63,7 +62,8 @@ def run_pipeline(config: Config, *, as_json: bool, out: Path | None) -> int:
 
 def measure(config: Config, grid: Grid, cuts: Sequence[int], names: Sequence[str] = CONTENDERS) -> list[Row]:
     """Rounds in which every contender takes one step, timed from all ranks ready to all ranks done."""
-    from .contenders import Contender, DeepSpeedPipeline, Ours, batches
+    from .contenders import Contender, DeepSpeedPipeline, Ours  # imports deepspeed
+    from .subject import batches
 
     ours = [Ours(config, name, grid, cuts) for name in names]
     contenders: list[Contender] = [DeepSpeedPipeline(config, grid, cuts), *ours]

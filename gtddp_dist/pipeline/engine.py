@@ -1,7 +1,7 @@
 """DeepSpeed's PipelineEngine, which carries a pipeline with GT-DDP's instructions.
 
-DeepSpeed brings the topology, the partitioned module, the loop over a schedule's instructions and ZeRO-1. The schedule
-is `order`'s, and `worker` carries its instructions out.
+DeepSpeed brings the topology, the partitioned module and the loop over a schedule's instructions. The schedule is
+`order`'s, and `worker` carries its instructions out.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class GTDDPEngine(PipelineEngine):
 
 
 def new_engine(
-    model: PartitionedModel, optimizer: Optimizer, *, micro_batch: int, n_micro: int, replicas: int, zero: int = 0
+    model: PartitionedModel, optimizer: Optimizer, *, micro_batch: int, n_micro: int, replicas: int
 ) -> GTDDPEngine:
     """The engine of a rank; all ranks make theirs at the same time."""
     settings = {
@@ -116,8 +116,6 @@ def new_engine(
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": n_micro,
         "steps_per_print": None,
-        "zero_optimization": {"stage": zero},
-        "zero_allow_untested_optimizer": True,
     }
     with quiet():
         mpu = model.mpu()

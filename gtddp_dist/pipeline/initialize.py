@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
@@ -48,7 +49,7 @@ class Engine:
         clip_norm: largest norm of the mean gradient, for an optimizer of torch.optim (a GTDDP has its own).
         autocast: the context of every forward pass.
         scaler: scales losses, for float16.
-        zero: DeepSpeed's ZeRO-1 for an optimizer of torch.optim.
+        zero: 1: replicas share out the state of an optimizer of torch.optim (ZeRO-1).
 
     Attributes:
         segment: what this rank owns.
@@ -86,9 +87,11 @@ class Engine:
 
             synchronise(self.segment, grid)
         self.optimizer = new_optimizer(self.segment)
+        if zero and grid.shape.data > 1:
+            self.optimizer = shared_out(self.optimizer, grid)
         self.scaler = scaler
         self._engine = new_engine(
-            partitioned, self.optimizer, micro_batch=micro_batch, n_micro=n_micro, replicas=grid.shape.data, zero=zero
+            partitioned, self.optimizer, micro_batch=micro_batch, n_micro=n_micro, replicas=grid.shape.data
         )
         self.shape = shape_of(self.optimizer, grid.shape.pipe, n_micro)
         self.worker = self._engine.worker = Worker(
@@ -314,6 +317,23 @@ def initialize(
         raise
     engine._company = joined
     return engine
+
+
+def shared_out(optimizer: Optimizer, grid: Grid) -> Optimizer:
+    """The same optimizer of torch.optim, each parameter's state and update in one replica (ZeRO-1).
+
+    Raises:
+        UserError: it is a GTDDP, whose sweep needs a layer's whole state in every replica.
+    """
+    if isinstance(optimizer, GTDDP):
+        raise UserError("zero=1 is for optimizers of torch.optim: the metric of GT-DDP's sweep is made of the state")
+    groups = [
+        {"params": group["params"], **{k: v for k, v in group.items() if k != "params"}}
+        for group in optimizer.param_groups
+    ]
+    return ZeroRedundancyOptimizer(
+        groups, optimizer_class=type(optimizer), process_group=grid.replica_group, **optimizer.defaults
+    )
 
 
 def shape_of(optimizer: Optimizer, pipe: int, n_micro: int) -> StepShape:

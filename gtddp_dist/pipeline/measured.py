@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from ..step import Step
 from ..sweep import Value
 from ..trajectory import LiveValue, Stage, StageFunction, Trajectory
 from .counting import Counting, StageCosts, count_stages
+from .order import Unit
 from .segment import Segment
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -33,18 +36,21 @@ class Protocol:
     """What is measured, and how often.
 
     Attributes:
-        micro_batches: of one recursion: those of a replica's step where the recursion is by step, else 1.
-        step_micro_batches: of a replica's step; statistics that are made once a step are shared out to them.
-        replica_groups: replicas that the micro-batches stand for.
-        warmup: steps that are not timed.
+        by: what has a recursion of its own: each micro-batch, or the whole step.
+        n_micro: micro-batches of a replica's step.
+        warmup: steps that are not timed, at least one.
         steps: steps whose median is taken.
     """
 
-    micro_batches: int = 1
-    step_micro_batches: int = 1
-    replica_groups: int = 1
+    by: Unit = "micro_batch"
+    n_micro: int = 1
     warmup: int = 2
     steps: int = 5
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that are captured before anything else is done with them."""
+        return self.n_micro if self.by == "step" else 1
 
 
 def measure_stages(
@@ -87,10 +93,11 @@ def measure_stages(
     if optimizer.options.capture != "weighted":
         raise UserError("measure_stages: expected an optimizer with capture='weighted'")
     segment.train()
+    warmup = max(protocol.warmup, 1)  # the first step makes the optimizer's state
     measured = [
         _Run(segment, optimizer, timer, protocol, feedback=counting.feedback).step(*batches(number), loss, autocast)
-        for number in range(protocol.warmup + protocol.steps)
-    ][protocol.warmup :]
+        for number in range(warmup + protocol.steps)
+    ][warmup:]
     optimizer.detach()
     return tuple(
         dataclasses.replace(
@@ -100,6 +107,7 @@ def measure_stages(
     )
 
 
+T = TypeVar("T")
 Seconds = dict[str, list[float]]
 """Kind of work -> seconds of every stage."""
 
@@ -187,18 +195,19 @@ class _Run:
     def _sweep(self, sizes: Sequence[int]) -> None:
         micro_batches = self.optimizer.capture.take()
         self.optimizer.check(micro_batches)
-        groups = recursion_groups(sizes, self.optimizer.options.scope, self.protocol.replica_groups, "mean")
+        groups = recursion_groups(sizes, self.optimizer.options.scope, 1, "mean")
         work = self.optimizer.new_step(micro_batches, groups, sum(sizes))
         self.optimizer.fill_gradients(work)
         alone = [_only(work, self.segment.trajectory, stage) for stage in self.segment.trajectory.stages]
         if self.feedback:
-            self._recursion(alone)
+            # A recursion by micro-batch runs before there is a mean gradient.
+            known = work.grads if self.protocol.by == "step" else {}
+            self._recursion([dataclasses.replace(part, grads=known) for part in alone])
         for index, part in enumerate(alone):
             (player,) = part.trajectory.players
             samples = part.samples.of(player, "gradient")
             if samples is not None:
-                weights = part.mean_weights()
-                self._add("weight", index, lambda samples=samples, weights=weights: samples.weighted(weights))
+                self._add("weight", index, partial(samples.weighted, part.mean_weights()))
         self._statistics(alone)
         work.complete_statistics()
         work.update_plain()
@@ -209,12 +218,13 @@ class _Run:
     def _recursion(self, alone: Sequence[Step]) -> None:
         for index, part in enumerate(alone):
             self._add("gram", index, part.prepare)
-        values: list[list[Value] | None] = [None]
+        values: list[Value] | None = None
         for index, part in reversed(list(enumerate(alone))):
-            self._add("sweep", index, lambda part=part: values.append(part.backward(values[-1])))
-        phis = [torch.zeros_like(value.slope) for value in values[-1] or ()]
+            values = self._add("sweep", index, partial(part.backward, values))
+        first = alone[0]
+        phis = [torch.zeros(g.samples * first.rows, dtype=torch.float64, device=first.device) for g in first.groups]
         for index, part in enumerate(alone):
-            self._add("feedback", index, lambda part=part: phis.__setitem__(slice(None), part.feedback(phis)))
+            phis = self._add("feedback", index, partial(part.feedback, phis))
 
     def _statistics(self, alone: Sequence[Step]) -> None:
         """Factors are made of every micro-batch, decompositions once a step; each as often as the curvature says."""
@@ -222,7 +232,7 @@ class _Run:
         if not curvature.needs_samples or not isinstance(curvature, KroneckerCurvature):
             return
         never = 2**62
-        shared = self.protocol.micro_batches / self.protocol.step_micro_batches
+        shared = self.protocol.micro_batches / self.protocol.n_micro
         for index, part in enumerate(alone):
             factors, both = (
                 self.timer.seconds(
@@ -238,8 +248,11 @@ class _Run:
                 factors / curvature.factor_every + max(both - factors, 0.0) * shared / curvature.basis_every
             )
 
-    def _add(self, name: str, index: int, work: Callable[[], object]) -> None:
-        self.seconds[name][index] += self.timer.seconds(work)
+    def _add(self, name: str, index: int, work: Callable[[], T]) -> T:
+        started = self.timer.now()
+        found = work()
+        self.seconds[name][index] += self.timer.now() - started
+        return found
 
 
 def _only(work: Step, trajectory: Trajectory, stage: Stage) -> Step:
