@@ -93,6 +93,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
+    given = {"--ranks": arguments.ranks, "--grid": arguments.grid, "--list": arguments.list or None}
+    for flag, value in given.items():
+        if value is not None and arguments.what != "scaling":
+            raise errors.UserError(f"{flag}: only bench scaling takes it")
     if arguments.join is not None:
         if arguments.what != "scaling" or words:
             raise errors.UserError("--join joins the figures of bench scaling, and takes no config")

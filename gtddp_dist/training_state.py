@@ -18,7 +18,6 @@ from typing import Protocol, cast, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -113,7 +112,7 @@ class TrainingState:
         if self.team.writes_state:
             tensors |= {f"model/{name}": tensor for name, tensor in _model_tensors(self.model).items()}
             rank_values["optimizer"] = {"members": members, "values": optimizer_values}
-        if self.team.writes_state or isinstance(self.optimizer, ZeroRedundancyOptimizer):
+        if self.team.writes_state or _keeper(self.optimizer) is not self.optimizer:
             tensors |= optimizer_tensors  # all of them, or with ZeRO the replica's own share
         if self.team.rank != 0:
             return tensors, {}, rank_values
@@ -267,7 +266,7 @@ def _collect_optimizer(
                 raise CheckpointError("optimizer: it holds a parameter that is not in the model")
             name = names[id(parameter)]
             members[name] = number
-            for key, value in _state_of(optimizer).get(parameter, {}).items():
+            for key, value in _keeper(optimizer).state.get(parameter, {}).items():
                 if not isinstance(key, str) or "/" in key:
                     raise CheckpointError(f"optimizer/{name}: a checkpoint cannot hold state called {key!r}")
                 if isinstance(value, Tensor):
@@ -298,7 +297,8 @@ def _restore_optimizer(
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
-    state, share = _state_of(optimizer), _share_of(optimizer)
+    keeper = _keeper(optimizer)
+    state, share = keeper.state, {id(p) for group in keeper.param_groups for p in group["params"]}
     state.clear()
     for key, tensor in checkpoint.tensors.items():
         if not key.startswith("optimizer/"):
@@ -323,16 +323,10 @@ def _restore_optimizer(
         optimizer.load_extra_state(cast(dict[str, JSON], saved["extra"]))
 
 
-def _state_of(optimizer: Optimizer) -> dict[Tensor, dict[str, object]]:
-    """State by parameter; with ZeRO of this replica's share of them."""
-    owner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-    return cast(dict[Tensor, dict[str, object]], owner.state)
-
-
-def _share_of(optimizer: Optimizer) -> set[int]:
-    """Ids of the parameters whose state this replica keeps."""
-    owner = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
-    return {id(parameter) for group in owner.param_groups for parameter in group["params"]}
+def _keeper(optimizer: Optimizer) -> Optimizer:
+    """Who keeps the state: the optimizer, or inside torch's ZeroRedundancyOptimizer that of this replica's share."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, Optimizer) else optimizer
 
 
 def _collect_random(prefix: str) -> tuple[dict[str, Tensor], JSON]:

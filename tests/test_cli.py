@@ -176,12 +176,22 @@ def test_resume_and_eval(trainer: Trainer) -> None:
 
 
 def test_resume_takes_another_grid_and_nothing_else(
-    trainer: Trainer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.yaml").write_text(to_yaml(load_config("digits")))
-    assert cli.main(["train", "--resume", str(tmp_path), "parallel.pipe=2", "parallel.data=4"]) == errors.OK
+    started: list[int] = []
+
+    def start(command: list[str], wanted: int) -> int:
+        started.append(wanted)
+        return errors.OK
+
+    monkeypatch.setattr(cli.local, "start", start)
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config("digits", ["parallel.pipe=2"])))
+    assert cli.main(["train", "--resume", str(tmp_path)]) == errors.OK
+    assert cli.main(["train", "--resume", str(tmp_path), "parallel.data=4"]) == errors.OK
+    assert started == [2, 8] and trainer.calls == []
+    assert cli.main(["train", "--resume", str(tmp_path), "parallel.pipe=1"]) == errors.OK
     ((_, _, config),) = trainer.calls
-    assert isinstance(config, Config) and (config.parallel.pipe, config.parallel.data) == (2, 4)
+    assert isinstance(config, Config) and config.parallel.pipe == 1
     assert cli.main(["train", "--resume", str(tmp_path), "optimizer.lr=1"]) == errors.BAD_INPUT
     assert "optimizer.lr=1" in capsys.readouterr().err
 

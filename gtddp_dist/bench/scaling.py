@@ -95,6 +95,8 @@ def run_scaling(request: Request, config: Config, *, list_only: bool, as_json: b
             "bench scaling starts ranks by itself, one grid after another; where something else starts them, measure "
             "each with --grid on as many ranks, then --join (see slurm/scaling.sbatch)"
         )
+    if request.out is not None and any(request.out.glob("grid-*.json")):
+        raise UserError(f"--out {request.out}: holds figures of grids already; name another folder, or empty this one")
     # As many threads for a rank of every grid: else few ranks would have more cores each.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // limit)))
     with tempfile.TemporaryDirectory() as folder:
@@ -225,6 +227,7 @@ def _keep(out: Path, request: Request, shape: Shape, cuts: Sequence[int], rows: 
         "configuration": config_hash(alone),
         "model": alone.model.name,
         "optimizer": alone.optimizer.name,
+        "batch_size": alone.train.batch_size,
         "micro_batches": alone.train.micro_batches,
         "grid": str(shape),
         "cuts": list(cuts),

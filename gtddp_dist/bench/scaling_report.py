@@ -18,7 +18,7 @@ from ..files import write_atomically, write_text_atomically
 
 FORMAT = "gtddp-scaling"
 _VERSION = 1
-_SAME = ("configuration", "model", "optimizer", "micro_batches")
+_SAME = ("configuration", "model", "optimizer", "batch_size", "micro_batches")
 """What all grids of one table have in common."""
 
 
@@ -119,7 +119,7 @@ def read_grids(folder: Path) -> tuple[str, list[Row]]:
                 )
         rows += [_row(file, item) for item in cast(list[object], content["rows"])]
     assert first is not None
-    batch = next(row.batch_size for row in rows if row.mode == "weak") // next(r.data for r in rows if r.mode == "weak")
+    batch = first["batch_size"]
     heading = (
         f"{first['optimizer']} on {first['model']}: strong scaling with batch {batch}, weak scaling with {batch} a "
         f"replica; {first['micro_batches']} micro-batches"
@@ -140,9 +140,6 @@ def _read(file: Path) -> Mapping[str, object]:
     return content
 
 
-_KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
-
-
 def _row(file: Path, item: object) -> Row:
     names = {field.name: str(field.type) for field in fields(Row)}
     if not isinstance(item, dict) or item.keys() != names.keys():
@@ -150,8 +147,9 @@ def _row(file: Path, item: object) -> Row:
     for name, kind in names.items():
         value = item[name]
         right = value in typing.get_args(Literal["strong", "weak"])
-        if kind in _KINDS:
-            right = isinstance(value, _KINDS[kind]) and not isinstance(value, bool) and value >= 0
+        if kind in ("int", "float"):
+            number = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+            right = number and 0 <= value < float("inf")
         if not right:
             raise UserError(f"{file}: rows: {name} is {value!r}; measure this grid again")
     return Row(**item)
@@ -214,7 +212,7 @@ def _plot(path: Path, table: Sequence[Scaled], heading: str) -> None:
     """Samples a second against ranks, both logarithmic; a line for each number of segments, and what would be ideal."""
     # Imported here: it takes a second. The Figure class draws without a display.
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     for axes, mode in zip(figure.subplots(1, 2, sharey=True), ("strong", "weak"), strict=True):
@@ -230,8 +228,10 @@ def _plot(path: Path, table: Sequence[Scaled], heading: str) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(worlds)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_locator(NullLocator())
         axes.set(xlabel="ranks", ylabel="samples a second", title=f"{mode} scaling")
         axes.grid(alpha=0.3, which="both")
         axes.legend()

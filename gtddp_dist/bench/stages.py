@@ -104,7 +104,7 @@ def _optimizer(segment: nn.Module, config: Config) -> GTDDP:
 
 
 def _milliseconds(stages: Sequence[StageCosts]) -> list[tuple[float, ...]]:
-    return [tuple(1e3 * getattr(stage, name) for name in _COLUMNS) + (1e3 * stage.work,) for stage in stages]
+    return [tuple(1e3 * getattr(stage, name) for name in (*_COLUMNS, "work")) for stage in stages]
 
 
 def _table(stages: Sequence[StageCosts], cuts: dict[str, tuple[int, ...]], pipe: int) -> str:

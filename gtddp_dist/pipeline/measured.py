@@ -99,9 +99,20 @@ def measure_stages(
         for number in range(warmup + protocol.steps)
     ][warmup:]
     optimizer.detach()
+
+    def median(name: str, index: int) -> float:
+        return statistics.median(seconds[name][index] for seconds in measured)
+
     return tuple(
         dataclasses.replace(
-            stage, **{name: statistics.median(seconds[name][index] for seconds in measured) for name in _WORK}
+            stage,
+            forward=median("forward", index),
+            backward=median("backward", index),
+            gram=median("gram", index),
+            sweep=median("sweep", index),
+            feedback=median("feedback", index),
+            weight=median("weight", index),
+            statistics=median("statistics", index),
         )
         for index, stage in enumerate(counted)
     )
