@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -241,3 +242,83 @@ def test_a_curvature_that_fails_is_a_failed_run_not_bad_input(
     quiet = ["log.progress=false", "log.tensorboard=false", f"run.dir={tmp_path / 'run'}"]
     assert main(["train", "digits-ekfac", "train.steps=2", *quiet]) == FAILED
     assert "gtddp: error: module 'classifier'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("approximation", ["expand", "reduce"])
+@pytest.mark.parametrize("name", ["mlp", "small_resnet"])
+def test_against_curvlinops(name: str, approximation: str) -> None:
+    """Factors, corrected eigenvalues and the preconditioned gradient against another library's, empirical Fisher.
+
+    EKFAC depends on the choice of a basis where a factor has an eigenvalue twice, as one that is singular in two
+    directions has; so there are enough samples.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # one of its packages compiles with torch.jit
+        import curvlinops
+    net = ALL_NETS[name]
+    x, y = net.batch(40, 0)
+    names = [
+        f"{n}.{p}"
+        for n, m in net.model().named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d)
+        for p in ("weight", "bias")
+    ]
+    names = [n for n in names if n in dict(net.model().named_parameters())]
+
+    def theirs(kind: str) -> Tensor:
+        model = net.model()
+        operator = getattr(curvlinops, kind)(
+            model,
+            nn.CrossEntropyLoss(),
+            [model.get_parameter(n) for n in names],
+            [(x, y)],
+            fisher_type="empirical",
+            kfac_approx=approximation,
+            separate_weight_and_bias=False,
+        )
+        matrix: Tensor = operator @ torch.eye(operator.shape[1], dtype=torch.float64)
+        return matrix
+
+    def stepped(base: curvature.Curvature) -> tuple[nn.Module, GTDDP, Tensor, Tensor]:
+        """The model after a step without feedback, its gradient, and how it moved against the gradient."""
+        model = net.model()
+        optimizer = GTDDP(model, base, gauss_newton_weight=0.0, cooperation="none")
+        F.cross_entropy(model(x), y).backward()
+        before = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
+        gradient = torch.cat([model.get_parameter(n).grad.flatten() for n in names])  # type: ignore[union-attr]
+        optimizer.step()
+        after = torch.cat([model.get_parameter(n).detach().flatten() for n in names])
+        return model, optimizer, gradient, before - after
+
+    kind: Any = "unfolded" if approximation == "expand" else "reduced"
+    options: Any = {"lr": 1.0, "damping": 0.01, "factor_decay": 0.0, "factors": kind}
+
+    expected = theirs("EKFACLinearOperator")
+    model, optimizer, gradient, moved = stepped(curvature.EKFAC(**options))
+    identity = torch.eye(len(expected), dtype=torch.float64)
+    assert distance(moved, torch.linalg.solve(expected + 0.01 * identity, gradient)) < 1e-9
+    moments = torch.cat([s["second_moments"].flatten() for s in optimizer.state.values() if "second_moments" in s])
+    assert distance(moments.sort()[0], torch.linalg.eigvalsh(expected)) < 1e-9
+
+    expected = theirs("KFACLinearOperator")
+    model, optimizer, _, _ = stepped(curvature.KFAC(**options))
+    places, total = {}, 0
+    for n in names:
+        places[n] = total + torch.arange(model.get_parameter(n).numel())
+        total += model.get_parameter(n).numel()
+    ours = torch.zeros_like(expected)
+    for module in dict.fromkeys(n.rpartition(".")[0] for n in names):
+        state = optimizer.state[model.get_parameter(f"{module}.weight")]
+        a, b = state["factor_a"][0], state["factor_b"][0]
+        outputs, inputs = len(b), len(a)
+        entries = torch.arange(outputs * inputs).view(outputs, inputs)
+        own = [n for n in names if n.rpartition(".")[0] == module]
+        bias = f"{module}.bias" in own
+        order = torch.cat([entries[:, : inputs - bias].flatten(), *([entries[:, -1]] if bias else [])])
+        index = torch.cat([places[n] for n in own])
+        ours[index[:, None], index] = torch.kron(b, a)[order[:, None], order]
+    assert distance(ours, expected) < 1e-11
+
+
+def distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
