@@ -255,7 +255,7 @@ class ParallelConfig:
     data: PositiveInt = 1
     """Replicas, each with its share of the batch."""
     cuts: IntList | None = None
-    """First stage of every segment but the first, in increasing order; null: balanced by counted work."""
+    """First stage of every segment but the first, in increasing order; null: balanced by the work of plan.costs."""
     sync_batch_norm: bool = False
     """BatchNorm over a micro-batch of all replicas, in place of each replica's own."""
     zero: Annotated[int, Field(ge=0, le=1)] = 0
@@ -271,7 +271,7 @@ class PlanConfig:
     """What `gtddp plan` assumes of the machine."""
 
     costs: FolderName | None = None
-    """File of measured costs (a run's costs.json); null: counted from the network."""
+    """File of the stages' measured costs (gtddp bench stages); null: counted from the network."""
     tflops: PositiveFloat = 10.0
     """Counted costs: floating-point operations a rank does in a second, in units of 10^12."""
     bandwidth: PositiveFloat = 10.0

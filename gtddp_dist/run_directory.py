@@ -1,7 +1,7 @@
 """The directory that holds everything of one run.
 
 config.yaml          every option with its value
-layout.json          number of ranks -> where the network was cut (runs on several ranks)
+layout.json          grid -> where the network was cut (runs on several ranks)
 environment.json     versions, hardware, revision of the code; one more entry for each resume
 metrics.jsonl        an object a line, by increasing step
 tb/                  the same numbers for TensorBoard, one curve across restarts
@@ -93,16 +93,16 @@ class RunDirectory:
         """Writes `summary.json`."""
         write_text_atomically(self.summary_file, json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
-    def keep_layout(self, team: Team, cuts: Sequence[int] | None) -> None:
+    def keep_layout(self, config: Config, team: Team, cuts: Sequence[int] | None) -> None:
         """Rank 0: keeps where the network is cut on this grid, for a start that continues the run there."""
         if cuts is not None and team.rank == 0:
-            kept = self._layouts() | {str(team.world): list(cuts)}
+            kept = self._layouts() | {_grid_of(config): list(cuts)}
             write_text_atomically(self.layout_file, json.dumps(kept, indent=2) + "\n")
 
     def read_layout(self, config: Config) -> tuple[int, ...] | None:
-        """Where an earlier start of the run cut the network on that many ranks; None where none did."""
-        cuts = self._layouts().get(str(config.parallel.pipe * config.parallel.data))
-        return tuple(cuts) if cuts is not None and len(cuts) == config.parallel.pipe - 1 else None
+        """Where an earlier start of the run on that grid cut the network; None where there was none."""
+        cuts = self._layouts().get(_grid_of(config))
+        return None if cuts is None else tuple(cuts)
 
     def _layouts(self) -> dict[str, list[int]]:
         if not self.layout_file.is_file():
@@ -201,6 +201,10 @@ def _locked(run: RunDirectory) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _grid_of(config: Config) -> str:
+    return f"pipe={config.parallel.pipe},data={config.parallel.data}"
 
 
 class MetricsLog:

@@ -46,7 +46,7 @@ def run_training(config: Config, config_name: str) -> int:
         with assembled(config, ranks) as builder:
             parts = builder.build(config)  # before the run directory: what cannot be built leaves none behind
             with opened(parts.team, lambda: new_run(config, config_name)) as run:
-                run.keep_layout(parts.team, builder.layout)
+                run.keep_layout(config, parts.team, builder.layout)
                 tell(
                     parts.team,
                     f"{run.path}: {config.optimizer.name}, {config.model.name}, {config.data.name}, ",
@@ -81,7 +81,7 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
                 if team.any(done)[0]:
                     tell(team, f"{run.path} has ended already: nothing to do")
                     return OK
-                run.keep_layout(team, builder.layout)
+                run.keep_layout(config, team, builder.layout)
                 code = OK if has_trained(run) else resume(config, run, stop, builder)
                 return finish(config, run, stop, builder, code)
 

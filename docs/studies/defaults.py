@@ -182,11 +182,12 @@ def extend(path: Path, share: int, shares: int, minutes: float) -> None:
 def report(done: dict[Run, Outcome]) -> str:
     """Tables: a row a base and rate, a column a change; train loss and validation accuracy, mean over seeds."""
 
-    def cell(part: str, base: str, batch: int, rate: float, change: str) -> str:
+    def cell(part: str, base: str, batch: int, rate: float, change: str, seeds: set[int] | None = None) -> str:
         found = [
             o
             for r, o in done.items()
             if (r.part, r.base, r.batch, r.rate, r.change) == (part, base, batch, rate, change)
+            and (seeds is None or r.seed in seeds)
         ]
         if not found:
             return ""
@@ -208,16 +209,20 @@ def report(done: dict[Run, Outcome]) -> str:
         text.append(f"\n### One option changed, rho {REFERENCE_RHO}\n")
         rows = []
         for base, rate in itertools.product(BASES, (1.0, 3.0)):
-            reference = cell("rho", base, batch, rate, f"rho={REFERENCE_RHO:g}")
+            # One row, one set of seeds: those for which every option was tried.
+            planned = [r for seed in (0, 1, 2) for r in _options(batch, seed) if (r.base, r.rate) == (base, rate)]
+            seeds = {r.seed for r in planned} - {r.seed for r in planned if r not in done}
+            reference = cell("rho", base, batch, rate, f"rho={REFERENCE_RHO:g}", seeds)
             rows.append(
                 [
                     base,
                     f"{BASES[base][2] * rate:g}",
+                    str(len(seeds)),
                     reference,
-                    *(cell("options", base, batch, rate, c) for c in CHANGES),
+                    *(cell("options", base, batch, rate, c, seeds) for c in CHANGES),
                 ]
             )
-        text.append(tabulate(rows, ["base", "rate", "defaults", *CHANGES], tablefmt="github"))
+        text.append(tabulate(rows, ["base", "rate", "seeds", "defaults", *CHANGES], tablefmt="github"))
     return "\n".join(text)
 
 

@@ -33,10 +33,10 @@ from ..training_state import Progress, TrainingState
 from ..training_step import Precision, StepResult
 from ..trajectory import Trajectory
 from .company import Place, company
-from .costs import balanced_cuts, check_cuts, count_stages
+from .costs import balanced_cuts, check_cuts
 from .grid import Grid, Shape
 from .initialize import Engine
-from .plan import describe
+from .plan import describe, stage_costs
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
         torch.set_num_threads(config.train.threads)
     data = load_data(config)
     torch.manual_seed(config.train.seed)
-    model = build_model(config, data, Precision(config.train.dtype, torch.device("cpu")))
+    precision = Precision(config.train.dtype, torch.device("cpu"))
+    model = build_model(config, data, precision)
     trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
     pipe = config.parallel.pipe
     chosen = config.parallel.cuts if cuts is None else cuts
     if chosen is None:
-        sample = torch.zeros(_micro_batch(config), *data.train_images.shape[1:], dtype=next(model.parameters()).dtype)
         twin = copy.deepcopy(model).to("meta")  # an optimizer's hooks must not see the counting
-        counting = describe(config, twin, trajectory, data.classes).counting
-        chosen = balanced_cuts(count_stages(trajectory, sample, counting), pipe)
+        subject = describe(config, twin, trajectory, data.classes)
+        stages, _ = stage_costs(config, subject, data.train_images.shape[1:], precision)
+        chosen = balanced_cuts(stages, pipe)
     check_cuts(chosen, pipe, len(trajectory.stages))
     return Prepared(data, model, trajectory, tuple(chosen))
 

@@ -270,7 +270,7 @@ def run_plan(config: Config, config_name: str, out: Path | None) -> int:
     plain = plain_parts(model, config)
     trajectory = trace(model, **plain, projection=config.optimizer.projection or "cooperative")
     subject = describe(config, build_model(config, data, precision), trajectory, data.classes)
-    stages, unit = _stages(config, subject, data.train_images.shape[1:], precision)
+    stages, unit = stage_costs(config, subject, data.train_images.shape[1:], precision)
     plan = plan_step(
         stages,
         subject.shape,
@@ -307,10 +307,10 @@ def run_plan(config: Config, config_name: str, out: Path | None) -> int:
     return OK
 
 
-def _stages(
+def stage_costs(
     config: Config, subject: Subject, image: Sequence[int], precision: Precision
 ) -> tuple[tuple[StageCosts, ...], WorkUnit]:
-    """The stages' costs and their unit, from a cost file or counted."""
+    """The costs of a configuration's stages and their unit: from the file `plan.costs` names, or counted."""
     if config.plan.costs is None:
         with precision.autocast():
             images = torch.empty((subject.samples, *image), dtype=precision.dtype, device="meta")
