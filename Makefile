@@ -8,7 +8,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test lint clean
+.PHONY: help venv train test test-all lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,10 +24,13 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 venv: $(STAMP)  ## create .venv with everything that training, tests and lint need
 
 train: $(STAMP)  ## train the small residual network on DIGITS, and the base optimizer beside it
-	$(VENV)/bin/gtddp train digits run.baseline=true
+	$(VENV)/bin/gtddp train digits-ekfac run.baseline=true
 
 test: $(STAMP)  ## run every test
 	$(VENV)/bin/python -m pytest
+
+test-all: $(STAMP)  ## the same, with every combination of options on every grid of ranks (hours)
+	GTDDP_TEST_ALL=1 $(VENV)/bin/python -m pytest
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(VENV)/bin/ruff check gtddp_dist launch tests docs .ci

@@ -27,7 +27,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parents[1]
 SECONDS = 180
 """For any one block; `make train` promises it."""
-ACCURACY = 0.96
+ACCURACY = 0.97
 """On the validation set, at the end of `make train`; promised too."""
 COVERED = {
     "pip install -c constraints/cpu.txt -e .": "`make venv` installs the same, with the extras for tests and lint",
@@ -95,7 +95,7 @@ def run(block: Block, folder: Path, environment: dict[str, str]) -> str:
 
 def check_training(block: Block, output: str, folder: Path) -> None:
     """What the README promises of `make train`."""
-    [summary] = folder.glob("runs/digits-*/summary.json")
+    [summary] = folder.glob("runs/digits-ekfac-*/summary.json")
     result = json.loads(summary.read_text(encoding="utf-8"))
     if result["val/accuracy"] < ACCURACY:
         fail(block, output, f"validation accuracy {result['val/accuracy']:.2%} is below {ACCURACY:.0%}")
