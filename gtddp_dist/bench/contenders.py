@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -14,7 +13,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..build import plain_parts
+from ..build import base_optimizer, plain_parts
 from ..config_schema import Config, OptimizerConfig
 from ..parts import new_optimizer_of
 from ..pipeline.engine import quiet
@@ -37,13 +36,18 @@ class Contender(Protocol):
         ...
 
 
+def with_optimizer(config: Config, name: str) -> Config:
+    """The same with another optimizer, as far as that takes the options of the configured one."""
+    options = {option: getattr(config.optimizer, option) for option in OPTIMIZERS[name].options}
+    return dataclasses.replace(config, optimizer=OptimizerConfig(name=name, **options))
+
+
 class Ours:
     """This package's engine with the optimizer of that name."""
 
     def __init__(self, config: Config, optimizer: str, grid: Grid, cuts: Sequence[int]) -> None:
         self.name = optimizer
-        options = {n: getattr(config.optimizer, n) for n in OPTIMIZERS[optimizer].options}
-        own = dataclasses.replace(config, optimizer=OptimizerConfig(name=optimizer, **options))
+        own = with_optimizer(config, optimizer)
         model = new_model(own).to(grid.device)
         trajectory = trace(model, **plain_parts(model, own), projection=own.optimizer.projection or "cooperative")
         precision = Precision(config.train.dtype, grid.device)
@@ -68,11 +72,10 @@ class Ours:
 
 
 class DeepSpeedPipeline:
-    """DeepSpeed's PipelineEngine as it is, with torch's SGD, on the same network and the same cuts."""
+    """DeepSpeed's PipelineEngine as it is, with an optimizer of torch.optim, on the same network and cuts."""
 
-    name = "deepspeed sgd"
-
-    def __init__(self, config: Config, grid: Grid, cuts: Sequence[int]) -> None:
+    def __init__(self, config: Config, optimizer: str, grid: Grid, cuts: Sequence[int]) -> None:
+        self.name = f"deepspeed {optimizer}"
         model = new_model(config).to(grid.device)
         trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
         layers = [_Layer(trajectory, stage) for stage in trajectory.stages]
@@ -85,12 +88,11 @@ class DeepSpeedPipeline:
         }
         with quiet():
             module = _CutAsWell(layers, cuts, PipeDataParallelTopology(config.parallel.pipe, config.parallel.data))
-            optimizer = torch.optim.SGD(module.parameters(), lr=config.optimizer.lr or 0.1)
             mpu = module.mpu()
             self.engine = PipelineEngine(
                 args=None,
                 model=module,
-                optimizer=optimizer,
+                optimizer=base_optimizer(module, with_optimizer(config, optimizer)),
                 model_parameters=None,
                 training_data=None,
                 lr_scheduler=None,

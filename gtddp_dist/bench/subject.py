@@ -13,9 +13,9 @@ from ..config_schema import Config
 from ..errors import UserError
 from ..launch import Ranks
 from ..pipeline.company import Place
-from ..pipeline.costs import balanced_cuts, check_cuts, count_stages
+from ..pipeline.costs import balanced_cuts, check_cuts
 from ..pipeline.grid import Grid, Shape
-from ..pipeline.plan import Subject, describe
+from ..pipeline.plan import Subject, describe, stage_costs
 from ..registry import MODELS, load_object
 from ..tracing import trace
 from ..training_step import Precision
@@ -54,14 +54,13 @@ def described(config: Config, model: nn.Module | None = None) -> Subject:
 
 
 def cut(config: Config) -> tuple[Trajectory, tuple[int, ...]]:
-    """A network's stages, and where the configuration cuts them (else balanced by counted work)."""
+    """A network's stages, and where the configuration cuts them (else balanced, as `gtddp train` does it)."""
     subject = described(config)
     cuts = config.parallel.cuts
     if cuts is None:
         precision = Precision(config.train.dtype, torch.device("cpu"))
-        sample = torch.zeros(micro_batch_of(config), *config.bench.image, dtype=precision.dtype)
-        with precision.autocast():
-            cuts = balanced_cuts(count_stages(subject.trajectory, sample, subject.counting), config.parallel.pipe)
+        stages, _ = stage_costs(config, subject, config.bench.image, precision)
+        cuts = balanced_cuts(stages, config.parallel.pipe)
     check_cuts(cuts, config.parallel.pipe, len(subject.trajectory.stages))
     return subject.trajectory, tuple(cuts)
 

@@ -598,9 +598,9 @@ class Worker:
 
     def _receive_state(self, _: int) -> None:
         assert self._before is not None
-        for m in range(self.shape.n_micro):
+        for _each in range(self.shape.n_micro):
             self.channels.post("state", self.grid.segment - 1, self._before.forms)
-        for m in range(self.shape.n_micro):
+        for _each in range(self.shape.n_micro):
             received = self.channels.receive("state", self.grid.segment - 1)
             self._work.states.append(self._before.filled(received, leaves=False))
 
