@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import deepspeed
 import torch
@@ -90,7 +91,10 @@ class GTDDPEngine(PipelineEngine):
     def _perform(self, instruction: Instruction) -> None:
         self.worker.perform(instruction)
 
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, Perform: _perform}
+    _INSTRUCTION_MAP: ClassVar[dict[type[PipeInstruction], Callable[..., None]]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        Perform: _perform,
+    }
 
     def _aggregate_total_loss(self) -> Tensor:
         # DeepSpeed's own goes through float32; ranks have agreed on the loss by now.

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from .. import __version__
-from ..checkpoint import newest_agreed, set_aside
+from ..checkpoint import CheckpointError, newest_agreed, set_aside
 from ..checkpoint_writer import Writer
 from ..errors import UserError
 from ..launch import alone, discover
@@ -195,7 +195,7 @@ class Engine:
         checkpoint, refused = newest_agreed(Path(directory), state.wanted, self.grid.gather_text)
         if checkpoint is None:
             reasons = "".join(f"; {item.reason}" for item in refused)
-            raise UserError(f"{directory}: no checkpoint there can be used{reasons}")
+            raise CheckpointError(f"{directory}: no checkpoint there can be used{reasons}")
         if self.grid.rank == 0:
             set_aside(refused)
         state.restore(checkpoint)

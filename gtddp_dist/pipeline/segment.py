@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -101,7 +102,7 @@ def _owners(model: nn.Module, trajectory: Trajectory, bounds: Sequence[int]) -> 
         ModelError: two segments read the same one.
     """
     owners: dict[str, int] = {}
-    for segment, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for segment, (start, stop) in enumerate(pairwise(bounds)):
         for stage in trajectory.stages[start:stop]:
             for name in stage.reads:
                 for tensor in _tensors_under(model, name):
