@@ -93,10 +93,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
-    given = {"--ranks": arguments.ranks, "--grid": arguments.grid, "--list": arguments.list or None}
-    for flag, value in given.items():
-        if value is not None and arguments.what != "scaling":
+    for flag, given in (("--grid", arguments.grid is not None), ("--list", arguments.list)):
+        if given and arguments.what != "scaling":
             raise errors.UserError(f"{flag}: only bench scaling takes it")
+    if arguments.ranks is not None and arguments.what == "pipeline":
+        raise errors.UserError("--ranks: bench pipeline has parallel.pipe times parallel.data ranks")
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise errors.UserError(f"--ranks={arguments.ranks}: expected a number of ranks >= 1")
     if arguments.join is not None:
         if arguments.what != "scaling" or words:
             raise errors.UserError("--join joins the figures of bench scaling, and takes no config")
@@ -114,7 +117,7 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
     if arguments.what == "stages":
         from .bench.stages import run_stages
 
-        return run_stages(config, as_json=arguments.json, out=arguments.out)
+        return run_stages(config, processes=arguments.ranks or 1, as_json=arguments.json, out=arguments.out)
     code = _started_ranks(config)
     if code is not None:
         return code
@@ -223,14 +226,15 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure",
         usage=(
-            "gtddp bench pipeline|stages [CONFIG] [key=value ...] [--json] [--out DIR]\n"
+            "gtddp bench pipeline [CONFIG] [key=value ...] [--json] [--out DIR]\n"
+            "       gtddp bench stages [CONFIG] [key=value ...] [--ranks N] [--json] [--out DIR]\n"
             "       gtddp bench scaling [CONFIG] [key=value ...] [--ranks N] [--grid pipe=P,data=D | --list] [--json] "
             "[--out DIR]\n"
             "       gtddp bench scaling --join DIR [--json]"
         ),
         description=(
             "Measure on this machine, with random images (bench.image, bench.classes). pipeline: a step on ranks, "
-            "beside DeepSpeed's own pipeline engine. stages: every stage in one process, for plan.costs. scaling: "
+            "beside DeepSpeed's own pipeline engine. stages: every stage, for plan.costs. scaling: "
             "a step on all grids that some number of ranks can make."
         ),
         epilog=_EXIT_CODES,
@@ -242,7 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--out", type=Path, metavar="DIR", help="folder that also gets the figures, with the environment"
     )
-    bench.add_argument("--ranks", type=int, metavar="N", help="scaling: the most ranks; default: one a core or GPU")
+    bench.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="scaling: the most ranks, default one a core or GPU; stages: processes that measure at once, default 1",
+    )
     bench.add_argument("--grid", metavar="pipe=P,data=D", help="scaling: this grid alone, on ranks that are there")
     bench.add_argument("--list", action="store_true", help="scaling: print the grids, one a line, and measure nothing")
     bench.add_argument("--join", type=Path, metavar="DIR", help="scaling: join the figures that --grid left in DIR")

@@ -168,6 +168,13 @@ def test_measured_costs_are_taken_by_plan(tmp_path: Path, capsys: pytest.Capture
     assert f"work: measured, {tmp_path / 'costs.json'}" in capsys.readouterr().out
 
 
+def test_processes_that_measure_at_once(tmp_path: Path) -> None:
+    done = gtddp("bench", "stages", *SMALL, "--ranks", "2", "--json", "--out", str(tmp_path))
+    told = json.loads(done.stdout)  # of the first one alone
+    assert tuple(StageCosts(**stage) for stage in told["stages"]) == read_costs(tmp_path / "costs.json").stages
+    assert json.loads((tmp_path / "stages.json").read_text())["processes"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "without"),
     [
@@ -276,6 +283,7 @@ def stages_of_small() -> tuple[StageCosts, ...]:
         (("scaling", "--join", "nowhere"), "nowhere: no figures of a grid there"),
         (("pipeline", "--join", "nowhere"), "--join joins the figures of bench scaling, and takes no config"),
         (("pipeline", "parallel.pipe=1", "train.dtype=bfloat16"), "compare with train.dtype=float32"),
+        (("pipeline", "--ranks", "2"), "--ranks: bench pipeline has parallel.pipe times parallel.data ranks"),
         (("pipeline", "--list"), "--list: only bench scaling takes it"),
         (("stages", "parallel.pipe=99", "parallel.cuts=null"), "parallel.pipe=99: more ranks than stages"),
         (("stages", "train.replica_groups=2"), "take parallel.data=2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import statistics
 import time
@@ -154,6 +155,7 @@ def report(measured: Measured, config: Config, cuts: Sequence[int], *, as_json: 
     if out is not None:
         content = {
             "environment": describe_environment(),
+            "deepspeed": importlib.metadata.version("deepspeed"),
             "model": config.model.name,
             "grid": str(Shape(config.parallel.pipe, config.parallel.data)),
             "cuts": list(cuts),

@@ -84,8 +84,6 @@ def run_scaling(request: Request, config: Config, *, list_only: bool, as_json: b
     if request.grid is not None:
         return _measure_one(request, _parsed(request.grid))
     limit = request.ranks if request.ranks is not None else _ranks_here()
-    if limit < 1:
-        raise UserError(f"--ranks={limit}: expected a number of ranks >= 1")
     shapes = grids(limit, len(described(_one_rank(config)).trajectory.stages))
     if list_only:
         print("\n".join(map(str, shapes)))

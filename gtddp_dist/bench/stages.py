@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from ..curvature import SGD
 from ..environment import describe_environment, select_device
 from ..errors import OK
 from ..files import write_text_atomically
+from ..launch import Ranks, Rendezvous, StopRequest, launch
 from ..optimizer import GTDDP
 from ..pipeline.costs import balanced_cuts, check_cuts, write_costs
 from ..pipeline.counting import StageCosts, count_stages
@@ -28,17 +29,38 @@ from .subject import described, images_and_labels, micro_batch_of, new_model
 _COLUMNS = ("forward", "backward", "gram", "sweep", "feedback", "weight", "statistics")
 
 
-def run_stages(config: Config, *, as_json: bool, out: Path | None) -> int:
+def run_stages(config: Config, *, processes: int = 1, as_json: bool, out: Path | None) -> int:
     """Times the stages of the network for one micro-batch; an exit code.
 
     Args:
         config: network, optimizer, and what makes a micro-batch; parallel.pipe says how many segments to propose.
+        processes: that measure at the same time on this host, each for itself; the first one's times are kept. Cores
+            and memory that ranks share make all of them slower.
         as_json: print JSON in place of a table.
         out: folder for costs.json and stages.json.
 
     Raises:
         UserError: a network or optimizer that cannot be taken, more segments than stages.
     """
+
+    def work(stop: StopRequest, ranks: Ranks) -> int:
+        meet = Rendezvous(ranks).allgather if ranks.world > 1 else None
+        stages, cuts = _measured(config, meet)
+        if ranks.rank == 0:
+            print(_as_json(stages, cuts) if as_json else _table(stages, cuts, config.parallel.pipe))
+            if out is not None:
+                _keep(out, config, ranks.world, stages, cuts)
+        return OK
+
+    return launch(work, processes)
+
+
+Cuts = dict[str, tuple[int, ...]]
+"""counted, measured -> cuts that are balanced by that work."""
+
+
+def _measured(config: Config, meet: Callable[[str, str], object] | None) -> tuple[tuple[StageCosts, ...], Cuts]:
+    """The costs of all stages, and cuts; ``meet`` waits for the other processes."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     device = select_device(config.train.device)
@@ -60,6 +82,8 @@ def run_stages(config: Config, *, as_json: bool, out: Path | None) -> int:
     def batches(step: int) -> tuple[list[Tensor], list[Tensor]]:
         return images_and_labels(config, protocol.micro_batches, device, seed=step)
 
+    if meet is not None:
+        meet("starting to measure", "")
     stages = measure_stages(
         model,
         described(config, model).trajectory,
@@ -71,24 +95,26 @@ def run_stages(config: Config, *, as_json: bool, out: Path | None) -> int:
         precision.autocast,
     )
     cuts = {"counted": balanced_cuts(counted, pipe), "measured": balanced_cuts(stages, pipe)}
-    print(_as_json(stages, cuts) if as_json else _table(stages, cuts, pipe))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_costs(out / "costs.json", stages, "seconds")
-        content = {
-            "environment": describe_environment(),
-            "model": config.model.name,
-            "optimizer": config.optimizer.name,
-            "micro_batch": size,
-            "image": list(config.bench.image),
-            "dtype": config.train.dtype,
-            "device": str(device),
-            "torch_threads": torch.get_num_threads(),
-            "steps": config.bench.steps,
-            "cuts": {name: list(found) for name, found in cuts.items()},
-        }
-        write_text_atomically(out / "stages.json", json.dumps(content, indent=1) + "\n")
-    return OK
+    return stages, cuts
+
+
+def _keep(out: Path, config: Config, processes: int, stages: Sequence[StageCosts], cuts: Cuts) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_costs(out / "costs.json", stages, "seconds")
+    content = {
+        "environment": describe_environment(),
+        "model": config.model.name,
+        "optimizer": config.optimizer.name,
+        "micro_batch": micro_batch_of(config),
+        "image": list(config.bench.image),
+        "dtype": config.train.dtype,
+        "device": str(select_device(config.train.device)),
+        "torch_threads": torch.get_num_threads(),
+        "processes": processes,
+        "steps": config.bench.steps,
+        "cuts": {name: list(found) for name, found in cuts.items()},
+    }
+    write_text_atomically(out / "stages.json", json.dumps(content, indent=1) + "\n")
 
 
 def _optimizer(segment: nn.Module, config: Config) -> GTDDP:
@@ -107,7 +133,7 @@ def _milliseconds(stages: Sequence[StageCosts]) -> list[tuple[float, ...]]:
     return [tuple(1e3 * getattr(stage, name) for name in (*_COLUMNS, "work")) for stage in stages]
 
 
-def _table(stages: Sequence[StageCosts], cuts: dict[str, tuple[int, ...]], pipe: int) -> str:
+def _table(stages: Sequence[StageCosts], cuts: Cuts, pipe: int) -> str:
     rows: list[tuple[object, ...]] = [
         (index, stage.player, *times)
         for index, (stage, times) in enumerate(zip(stages, _milliseconds(stages), strict=True))
@@ -120,6 +146,6 @@ def _table(stages: Sequence[StageCosts], cuts: dict[str, tuple[int, ...]], pipe:
     return "\n".join([table, "", *lines]) if pipe > 1 else table
 
 
-def _as_json(stages: Sequence[StageCosts], cuts: dict[str, tuple[int, ...]]) -> str:
+def _as_json(stages: Sequence[StageCosts], cuts: Cuts) -> str:
     rows = [dataclasses.asdict(stage) for stage in stages]
     return json.dumps({"unit": "seconds", "stages": rows, "cuts": {n: list(c) for n, c in cuts.items()}})
