@@ -5,7 +5,7 @@ The samples of a step are one axis, micro-batch after micro-batch; recursion gro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .capture import MicroBatch, Stream
 from .errors import StepError
-from .players import PlayerSamples, prepare, sample_gradients
+from .players import FormedGradients, PlayerSamples, SampleGradients, prepare, sample_gradients
 from .trajectory import Player
 
 Scope = Literal["batch", "micro_batch"] | int
@@ -95,6 +95,7 @@ class StepSamples:
         self.factors: dict[Stream, float | Tensor] = {"gradient": factor, "sampled": 1.0, "exact": 1.0}
         self.samples = sum(m.samples for m in micro_batches)
         self._latest: dict[Stream, tuple[int, PlayerSamples | None]] = {}
+        self._kept: dict[tuple[int, Stream], Mapping[str, SampleGradients]] = {}
 
     def rows_per_sample(self, stream: Stream) -> int:
         """How many cotangents of this stream a sample has."""
@@ -114,9 +115,18 @@ class StepSamples:
             self._latest[stream] = (player.index, latest)
         return latest
 
+    def keep_formed(self, player: Player, stream: Stream, samples: PlayerSamples) -> None:
+        """From now on S of those modules for which it is formed is this one."""
+        self._kept[player.index, stream] = {n: p for n, p in samples.parts.items() if isinstance(p, FormedGradients)}
+        self._latest[stream] = (player.index, samples)
+
     def _gathered_player(self, player: Player, stream: Stream) -> PlayerSamples | None:
-        parts = {}
+        parts: dict[str, SampleGradients] = {}
+        kept = self._kept.get((player.index, stream), {})
         for name, module in player.modules.items():
+            if name in kept:
+                parts[name] = kept[name]
+                continue
             captured = [m.derivatives[stream].get(module) for m in self.micro_batches]
             if any(grad is not None for grad in captured):
                 inputs, output_grads = self._gathered(name, module, captured)

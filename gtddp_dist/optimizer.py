@@ -325,8 +325,10 @@ class GTDDP(torch.optim.Optimizer):
                         )
         if weighted:
             for player in self.trajectory.players:
+                if work.absorbs(player):
+                    continue  # gathering its samples is work, too
                 samples = work.samples.of(player, "gradient")
-                if samples is not None and not work.absorbs(player):
+                if samples is not None:
                     grads.update(samples.weighted(work.mean_weights()))
         if not weighted and len(work.groups) > 1 and self.options.feedback and work.ranks is ALONE:
             work.clip = self._user_factor(work, grads)

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from gtddp_dist.players import Scale, cheapest_gram_path, is_affine, is_supported, prepare, sample_gradients
+from gtddp_dist.players import (
+    FormedGradients,
+    Scale,
+    cheapest_gram_path,
+    is_affine,
+    is_supported,
+    prepare,
+    sample_gradients,
+)
 from gtddp_dist.players.affine import AffineGradients
 
 B = 5
@@ -196,6 +204,38 @@ def test_weighted_gradient_is_autograds_own() -> None:
         weighted = sample_gradients(module, prepare(module, x), y, FACTOR).weighted(torch.ones(B))
         for parameter_name, parameter in module.named_parameters():
             torch.testing.assert_close(weighted[parameter_name], parameter.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
+def test_one_convolution_makes_per_sample_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, y = build(name)
+    part = sample_gradients(module, prepare(module, x), y, FACTOR)
+    monkeypatch.setattr("gtddp_dist.players.conv.LIBRARY_POSITIONS", 10**9)
+    by_products = part.per_sample()
+    monkeypatch.setattr("gtddp_dist.players.conv.LIBRARY_POSITIONS", 0)
+    found = part.per_sample()
+    assert found.keys() == by_products.keys()
+    for key, expected in by_products.items():
+        torch.testing.assert_close(found[key], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_formed_gradients_have_the_same_products(name: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gtddp_dist.players.affine.FORMED_LIMIT", limit)
+    module, x, y = build(name)
+    part = sample_gradients(module, prepare(module, x), y, FACTOR)
+    scales: dict[str, Scale] = {n: torch.rand_like(p) for n, p in part.controls.items()}
+    formed = part.formed(scales)
+    assert isinstance(formed, FormedGradients) is (limit > 0 or not is_affine(module))
+    weights, rows = torch.randn(B, dtype=torch.float64), slice(1, 4)
+    torch.testing.assert_close(formed.gram(scales), part.gram(scales), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(formed.rows(rows).gram(scales), part.gram(scales)[rows, rows], rtol=1e-12, atol=1e-12)
+    for key, expected in part.weighted(weights).items():
+        torch.testing.assert_close(formed.weighted(weights)[key], expected, rtol=1e-12, atol=1e-12)
+    direction = {n: torch.randn_like(p) for n, p in part.controls.items()}
+    torch.testing.assert_close(formed.inner(direction), part.inner(direction), rtol=1e-12, atol=1e-12)
+    assert formed.formed(scales) is formed
 
 
 def test_the_cheaper_gram_path_is_taken() -> None:

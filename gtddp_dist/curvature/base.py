@@ -79,6 +79,10 @@ class Metric(ABC):
     def gram(self, samples: PlayerSamples) -> Tensor:
         """H = S R^-1 S^T, shape (B, B), symmetric, in float64."""
 
+    def formed(self, samples: PlayerSamples) -> PlayerSamples:
+        """The same samples; with S formed, where that is what `gram` does with it, and it is small."""
+        return samples
+
 
 @dataclass(frozen=True)
 class Direction:

@@ -24,6 +24,9 @@ class DiagonalMetric(Metric):
     def gram(self, samples: PlayerSamples) -> Tensor:
         return samples.gram(self.inverse)
 
+    def formed(self, samples: PlayerSamples) -> PlayerSamples:
+        return samples.formed(self.inverse)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalCurvature(Curvature):

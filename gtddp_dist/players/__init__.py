@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .affine import AffineGradients, GramPath, LinearGradients, cheapest_gram_path
-from .base import SampleGradients, Scale
+from .base import FormedGradients, SampleGradients, Scale
 from .conv import ConvGradients
 from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
 from .samples import PlayerSamples, of_module, qualified
@@ -49,6 +49,7 @@ def sample_gradients(
 __all__ = [
     "SUPPORTED",
     "AffineGradients",
+    "FormedGradients",
     "GramPath",
     "PlayerSamples",
     "SampleGradients",

@@ -17,6 +17,10 @@ POSITION_GRAM_LIMIT = 2**26
 """Entries of a (B L) x (B L) matrix above which per-sample gradients are materialised whatever the cost."""
 
 
+FORMED_LIMIT = 4
+"""Numbers of a sample's gradient, over those of its captured input and output gradient, up to which it is kept."""
+
+
 def cheapest_gram_path(samples: int, positions: int, inputs: int, outputs: int) -> GramPath:
     """Which way to S S^T takes fewer multiplications (docs/algorithm.md, "Gram matrices").
 
@@ -74,11 +78,27 @@ class AffineGradients(SampleGradients):
         scale = inverse_metric["weight"] if weight is not None else 1.0
         if weight is None or (isinstance(scale, Tensor) and scale.ndim > 0):
             return gram_of(self.per_sample(), inverse_metric)
+        if (path or self._gram_path()) == "materialise":
+            return gram_of(self.per_sample(), inverse_metric)
         x_BGLI, y_BGLO = self.positions()
-        gram = scale * outer_product_gram(x_BGLI, y_BGLO, path)
+        gram = scale * outer_product_gram(x_BGLI, y_BGLO, "positions")
         if "bias" in self.controls:
             gram = gram + gram_of({"bias": self._bias_grads()}, inverse_metric)
         return gram
+
+    def formed(self, inverse_metric: Mapping[str, Scale]) -> SampleGradients:
+        numbers = sum(parameter.numel() for parameter in self.controls.values())
+        captured = (self.inputs.numel() + self.output_grads.numel()) / len(self.inputs)
+        scale = inverse_metric.get("weight", 1.0)
+        by_sample = (isinstance(scale, Tensor) and scale.ndim > 0) or self._gram_path() == "materialise"
+        return super().formed(inverse_metric) if by_sample and numbers <= FORMED_LIMIT * captured else self
+
+    def _gram_path(self) -> GramPath:
+        """The cheaper one for the weight."""
+        weight = self.module.get_parameter("weight")
+        groups = int(getattr(self.module, "groups", 1))
+        positions = self.output_grads.numel() // (len(self.output_grads) * weight.shape[0])
+        return cheapest_gram_path(len(self.inputs), positions, weight[0].numel(), weight.shape[0] // groups)
 
 
 class LinearGradients(AffineGradients):

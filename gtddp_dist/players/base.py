@@ -72,10 +72,43 @@ class SampleGradients(ABC):
         """S R^-1 S^T, shape (B, B), for a diagonal R^-1 given by parameter name."""
         return gram_of(self.per_sample(), inverse_metric)
 
+    def formed(self, inverse_metric: Mapping[str, Scale]) -> SampleGradients:
+        """The same with S formed, where :meth:`gram` would form it and it is small; else this one."""
+        return FormedGradients(self.module, self.per_sample())
+
+
+class FormedGradients(SampleGradients):
+    """S as it is: what was formed for the Gram matrix then serves S^T w and S d as well.
+
+    Args:
+        module: the module whose trainable parameters are the controls.
+        grads: S by parameter name.
+    """
+
+    def __init__(self, module: nn.Module, grads: Mapping[str, Tensor]) -> None:
+        empty = next(iter(grads.values())).new_empty(0)
+        super().__init__(module, empty, empty)
+        self._grads = dict(grads)
+
+    def rows(self, rows: slice) -> SampleGradients:
+        return FormedGradients(self.module, {name: grad[rows] for name, grad in self._grads.items()})
+
+    def per_sample(self) -> dict[str, Tensor]:
+        return self._grads
+
+    def formed(self, inverse_metric: Mapping[str, Scale]) -> SampleGradients:
+        return self
+
 
 def gram_of(grads: Mapping[str, Tensor], inverse_metric: Mapping[str, Scale]) -> Tensor:
     """S R^-1 S^T from materialised per-sample gradients."""
-    return sum_tensors((g * inverse_metric[n]).flatten(1) @ g.flatten(1).mT for n, g in grads.items())
+    return sum_tensors(_gram_of_one(g.flatten(1), inverse_metric[n]) for n, g in grads.items())
+
+
+def _gram_of_one(grads_BU: Tensor, scale: Scale) -> Tensor:
+    if isinstance(scale, Tensor) and scale.ndim > 0:
+        return (grads_BU * scale.flatten()) @ grads_BU.mT
+    return scale * (grads_BU @ grads_BU.mT)
 
 
 def sum_tensors(terms: object) -> Tensor:

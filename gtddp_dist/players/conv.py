@@ -18,6 +18,10 @@ _WEIGHT_GRADS: dict[int, Callable[..., Tensor]] = {
     3: library_grad.conv3d_weight,
 }
 
+LIBRARY_POSITIONS = 200
+"""Positions from which on one convolution makes per-sample gradients faster than a matrix product, on a CPU: 1024 of
+them in a third of the time, 256 in two thirds, 64 in twice the time (8 samples, 64 to 256 channels)."""
+
 
 class ConvGradients(AffineGradients):
     """nn.Conv1d, 2d, 3d: stride, padding (numbers, "same", "valid", any padding mode), dilation, groups, bias.
@@ -59,6 +63,24 @@ class ConvGradients(AffineGradients):
     def output_positions(self) -> Tensor:
         y = self.output_grads * self.factor
         return y.reshape(y.shape[0], self.module.groups, -1, y.shape[2:].numel()).mT
+
+    def per_sample(self) -> dict[str, Tensor]:
+        """By the library's own kernel where it is faster: samples are then groups of channels of one image."""
+        conv, y = self.module, self.output_grads
+        if "weight" not in self.controls or y.device.type != "cpu" or y.shape[2:].numel() < LIBRARY_POSITIONS:
+            return super().per_sample()
+        B = len(y)
+        weight = _WEIGHT_GRADS[len(conv.kernel_size)](
+            self.inputs.reshape(1, -1, *self.inputs.shape[2:]),
+            [B * conv.weight.shape[0], *conv.weight.shape[1:]],
+            (y * self.factor).reshape(1, -1, *y.shape[2:]),
+            conv.stride,
+            self._padding,
+            conv.dilation,
+            B * conv.groups,
+        )
+        bias = {"bias": self._bias_grads()} if "bias" in self.controls else {}
+        return {"weight": weight.reshape(B, *conv.weight.shape)} | bias
 
     def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
         conv = self.module

@@ -29,6 +29,10 @@ class PlayerSamples:
             sum_tensors(part.gram(of_module(name, inverse_metric)).double() for name, part in self.parts.items())
         )
 
+    def formed(self, inverse_metric: Mapping[str, Scale]) -> PlayerSamples:
+        """The same with S formed where its Gram matrix needs that, and it is small."""
+        return PlayerSamples({n: part.formed(of_module(n, inverse_metric)) for n, part in self.parts.items()})
+
     def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
         """S d, shape (B,), for d by qualified parameter name."""
         return sum_tensors(part.inner(of_module(name, direction)).double() for name, part in self.parts.items())
