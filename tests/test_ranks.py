@@ -241,6 +241,16 @@ def test_sums_are_over_the_right_ranks(server: Server, tmp_path: Path) -> None:
         assert found["nothing"] == [""] * 4
 
 
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_batch_norm_over_replicas(synchronised: bool, server: Server, tmp_path: Path) -> None:
+    """With `sync_batch_norm` weights and running statistics are those of one process with all samples; else not."""
+    (ended,) = server.run(Job("ranks.probes:batch_norm", 2, tmp_path, {"synchronised": synchronised}, within_s=120))
+    for found in found_by(ended, tmp_path):
+        for name in ("sgd", "adam", "ekfac"):
+            assert cast(float, found[f"{name} moved"]) > 1e-3
+            assert (cast(float, found[name]) < 1e-10) is synchronised, (name, found)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Ways of starting ranks
 

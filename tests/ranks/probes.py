@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from gtddp_dist import GTDDP, curvature
 from gtddp_dist.config import ModelConfig
 from gtddp_dist.launch import Ranks
-from gtddp_dist.models import resnet
+from gtddp_dist.models import resnet, small_resnet
 from gtddp_dist.pipeline.company import Place, company
 from gtddp_dist.pipeline.grid import Grid, Shape
 from gtddp_dist.pipeline.initialize import Engine
@@ -194,3 +194,57 @@ def _state(engine: Engine) -> dict[str, Tensor]:
 
 def _equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return got.keys() == expected.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+# BatchNorm over replicas ----------------------------------------------------------------------------------
+
+
+def batch_norm(ranks: Ranks, arguments: Arguments) -> None:
+    """Steps with `sync_batch_norm` on two replicas against one process that sees both replicas' samples at once."""
+    found: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(4, 16, 1, 8, 8, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 10, (4, 16), generator=generator)
+    bases: dict[str, curvature.Curvature] = {
+        "sgd": curvature.SGD(lr=0.1),
+        "adam": curvature.Adam(lr=0.01, eps=1e-3),
+        "ekfac": curvature.EKFAC(lr=0.03, basis_every=1),
+    }
+    with on_grid(ranks, 1, 2) as grid:
+        for name, base in bases.items():
+            # Recursions of 8 of the 16 samples: those of a replica.
+            terminal = "sampled" if name == "adam" else "loss_gradient"
+            options: Any = {"scope": 8, "gauss_newton_weight": 0.1, "terminal": terminal}
+            whole = _with_batch_norm()
+            optimizer = GTDDP(whole, base, **options)
+            model = _with_batch_norm()
+            before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            engine = Engine(
+                model,
+                trace(model),
+                lambda segment, base=base, options=options: GTDDP(segment, base, **options),  # type: ignore[misc]
+                F.cross_entropy,
+                grid=grid,
+                cuts=(),
+                micro_batch=8,
+                n_micro=1,
+                sync_batch_norm=arguments["synchronised"] is True,
+            )
+            for x, y in zip(images, labels, strict=True):
+                optimizer.zero_grad()
+                F.cross_entropy(whole(x), y).backward()
+                optimizer.step()
+                engine.step([x.chunk(2)[grid.replica]], [y.chunk(2)[grid.replica]])
+            ours, theirs = engine.segment.state_dict(), whole.state_dict()
+            found[name] = max(_distance(ours[key], theirs[key]) for key in theirs if theirs[key].is_floating_point())
+            found[f"{name} moved"] = max(_distance(ours[key], before[key]) for key in before if key in ours)
+    _tell(ranks, found)
+
+
+def _with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return small_resnet.build(ModelConfig(batch_norm=True), 1, 10, 8).double()
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / (theirs.double().norm() + 1e-12))
