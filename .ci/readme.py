@@ -31,6 +31,7 @@ ACCURACY = 0.97
 """On the validation set, at the end of `make train`; promised too."""
 COVERED = {
     "pip install -c constraints/cpu.txt -e .": "`make venv` installs the same, with the extras for tests and lint",
+    "pip install -c constraints/cpu.txt -e '.[cluster]'": "`make venv` installs the same",
     "make test": "another part of .ci/run",
 }
 """Blocks that are run elsewhere, and where."""
