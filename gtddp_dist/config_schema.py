@@ -45,6 +45,8 @@ FolderName = Annotated[str, Field(min_length=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 # YAML has lists and no tuples, hence not strict on the outside; the items stay strict.
 IntList = Annotated[tuple[PositiveInt, ...], Strict(False)]
+TextList = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)]
+Duration = Annotated[str, Field(pattern=r"^(\d+-)?\d+(:[0-5]?\d){0,2}$")]
 RatePair = Annotated[tuple[DecayRate, DecayRate], Strict(False)]
 
 
@@ -267,6 +269,48 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)
+class LaunchConfig:
+    """How `gtddp submit` and `gtddp sweep` run jobs; `gtddp train` takes no notice of it."""
+
+    executor: Literal["slurm", "local", "debug"] = "slurm"
+    """slurm: jobs in its queue; local: processes on this host; debug: in this very process."""
+    nodes: PositiveInt = 1
+    """Nodes of a job."""
+    ranks_per_node: PositiveInt | None = None
+    """Ranks on each node; null: parallel.pipe times parallel.data, over launch.nodes."""
+    gpus_per_node: NonNegativeInt | None = None
+    """GPUs on each node; null: none asked for."""
+    cpus_per_rank: PositiveInt = 4
+    """Cores of each rank."""
+    memory_gb: PositiveFloat | None = None
+    """Memory on each node; null: the cluster's default."""
+    time: Duration | PositiveInt = 60
+    """Time limit of one start, in minutes or as Slurm's [days-]hours:minutes:seconds."""
+    partition: FolderName | None = None
+    """Partition; null: the cluster's default."""
+    account: FolderName | None = None
+    """Account that is charged."""
+    qos: FolderName | None = None
+    """Quality of service."""
+    constraint: FolderName | None = None
+    """Features that nodes must have, such as v100."""
+    exclude: FolderName | None = None
+    """Nodes not to be used."""
+    signal_before_s: PositiveInt = 120
+    """Seconds before the time limit at which Slurm asks for a checkpoint."""
+    max_restarts: NonNegativeInt = 3
+    """How often a job is put back after failures. Time limits and preemptions do not count."""
+    max_parallel: PositiveInt | None = None
+    """sweep: jobs that run at once; null: no limit of its own."""
+    pack: PositiveInt = 1
+    """sweep: trials that share one job, and run in it at the same time."""
+    setup: TextList = ()
+    """Lines of shell that the job's script runs first, such as "module load cuda"."""
+    sbatch: TextList = ()
+    """Further options of sbatch, each as name=value, such as mail-type=END."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_GROUP)
 class PlanConfig:
     """What `gtddp plan` assumes of the machine."""
 
@@ -308,6 +352,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)
 
@@ -334,6 +379,7 @@ GROUPS: Mapping[str, type] = {
     "model": ModelConfig,
     "optimizer": OptimizerConfig,
     "parallel": ParallelConfig,
+    "launch": LaunchConfig,
     "plan": PlanConfig,
     "bench": BenchConfig,
 }
