@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -13,6 +15,18 @@ from .launch import StopRequest
 from .team import Team
 
 REASON_LENGTH = 500
+
+
+@contextmanager
+def refusals_recorded(run: Path, rank: int) -> Iterator[None]:
+    """Records, on rank 0, the end of a start that bad input keeps from beginning in the block."""
+    try:
+        yield
+    except UserError as error:
+        if rank == 0:
+            step = last_step(run)
+            record(run, Ended(step=step, code=error.exit_code, reason=str(error)[:REASON_LENGTH]))
+        raise
 
 
 class Chronicle:
