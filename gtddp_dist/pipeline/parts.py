@@ -37,6 +37,7 @@ from .costs import balanced_cuts, check_cuts
 from .grid import Grid, Shape
 from .initialize import Engine
 from .plan import describe, stage_costs
+from .segment import check_modes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     precision = Precision(config.train.dtype, torch.device("cpu"))
     model = build_model(config, data, precision)
     trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
+    check_modes(trajectory)
     pipe = config.parallel.pipe
     chosen = config.parallel.cuts if cuts is None else cuts
     if chosen is None:
