@@ -315,6 +315,10 @@ class Heartbeats:
                 losses.append(Loss(rank, self._who(rank), f"gave no sign of life for {silent_s:.0f} s"))
         return losses
 
+    def advise(self, advice: str) -> None:
+        """What to do once a rank is lost, from now on."""
+        self._advice = advice
+
     @property
     def _limit_s(self) -> float:
         """How long silence is borne."""

@@ -46,6 +46,7 @@ def run_training(config: Config, config_name: str) -> int:
         with assembled(config, ranks) as builder:
             parts = builder.build(config)  # before the run directory: what cannot be built leaves none behind
             with opened(parts.team, lambda: new_run(config, config_name)) as run:
+                builder.advise(_continue(run.path))
                 run.keep_layout(config, parts.team, builder.layout)
                 tell(
                     parts.team,
@@ -74,7 +75,7 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
 
     def work(stop: StopRequest, ranks: Ranks) -> int:
         known = RunDirectory(run_dir).read_layout(config)
-        with assembled(config, ranks, known, f"continue it with: gtddp train --resume {run_dir}") as builder:
+        with assembled(config, ranks, known, _continue(run_dir)) as builder:
             team = builder.team
             with opened(team, lambda: existing_run(run_dir)) as run:
                 done = is_finished(config, run)
@@ -95,6 +96,10 @@ class Builder(Protocol):
     layout: tuple[int, ...] | None
     """Where the network is cut; None in one process."""
 
+    def advise(self, advice: str) -> None:
+        """What to do once a rank is lost, from now on."""
+        ...
+
     def build(self, config: Config) -> Parts:
         """Parts of a run at its start."""
         ...
@@ -106,6 +111,9 @@ class SoloBuilder:
     team: Team = SOLO
     layout: tuple[int, ...] | None = None
 
+    def advise(self, advice: str) -> None:
+        """Nothing: there is no other rank to lose."""
+
     def build(self, config: Config) -> Parts:
         return build(config)
 
@@ -115,7 +123,7 @@ def assembled(
     config: Config,
     ranks: Ranks,
     cuts: Sequence[int] | None = None,
-    advice: str = "continue it with gtddp train --resume",
+    advice: str = "nothing was written yet: start the run again",
 ) -> Iterator[Builder]:
     """The ranks of a run, met, while the block runs.
 
@@ -129,14 +137,18 @@ def assembled(
         yield SoloBuilder()
         return
     try:
-        from .pipeline.parts import RankBuilder, met
+        from .pipeline.parts import met
     except ModuleNotFoundError as error:
         raise UserError(
             f"training on {ranks.world} ranks needs {error.name}, which is not installed: pip install "
             "'gtddp-dist[cluster]'"
         ) from error
-    with met(config, ranks, cuts, advice) as (grid, prepared):
-        yield RankBuilder(grid, prepared)
+    with met(config, ranks, cuts, advice) as builder:
+        yield builder
+
+
+def _continue(run: Path) -> str:
+    return f"continue it with: gtddp train --resume {run}"
 
 
 @contextlib.contextmanager

@@ -174,6 +174,8 @@ def test_a_killed_rank_is_named_by_all_others_and_they_end(
         assert len(lines) == 1, said
         assert lines[0].startswith(f"gtddp: lost rank {rank} (segment {segment + 1} of {PIPE[grid]}: stage"), said
         assert lines[0].count("rank ") == 1, said
+        where = "run" if other.rank == 0 else lost.folder / "run"
+        assert lines[0].endswith(f". continue it with: gtddp train --resume {where}"), said
 
 
 def test_runs_with_a_killed_rank_go_on_to_the_bit(
@@ -252,7 +254,7 @@ def test_a_rank_that_is_stopped_is_lost_and_nothing_is_left_running(tmp_path: Pa
         assert process.returncode == FAILED, said
         assert "gtddp: lost rank 1 (segment 2 of 2: stage" in said
         assert "gave no sign of life for" in said
-        assert "continue it with gtddp train --resume" in said
+        assert "continue it with: gtddp train --resume run\n" in said
         assert not any(is_running(rank) for rank in ranks)
 
 

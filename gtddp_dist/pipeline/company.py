@@ -69,6 +69,7 @@ class Company:
         self._place, self._facts, self._problem = place, facts, problem
         self._advice, self._lost_after_s = advice, lost_after_s
         self._stack = ExitStack()
+        self._heartbeats: Heartbeats | None = None
 
     def __enter__(self) -> Grid:
         place = self._place
@@ -85,7 +86,7 @@ class Company:
             _raise_together(place.ranks, rendezvous.allgather("preparing the run", self._problem))
             rendezvous.agree(self._facts)
             if place.ranks.world > 1:
-                stack.enter_context(
+                self._heartbeats = stack.enter_context(
                     Heartbeats(
                         dist.PrefixStore("alive", rendezvous.store),
                         place.ranks.rank,
@@ -107,6 +108,11 @@ class Company:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def advise(self, advice: str) -> None:
+        """What to do once a rank is lost, from now on."""
+        if self._heartbeats is not None:
+            self._heartbeats.advise(advice)
 
     def close(self) -> None:
         """Leave the others, when all is well."""
