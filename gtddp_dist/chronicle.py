@@ -38,6 +38,7 @@ class Chronicle:
     def __init__(self, run: Path, team: Team, stop: StopRequest) -> None:
         self._run, self._team, self._stop = run, team, stop
         self._code: int | None = None
+        self._lost = False
         self._reason = ""
 
     def __enter__(self) -> Chronicle:
@@ -59,6 +60,11 @@ class Chronicle:
         self._code, self._reason = code, reason
         return code
 
+    def lost(self, who: str) -> None:
+        """Records the end of a start that has lost a rank: its processes may not come to the end of the block."""
+        self._lost = True
+        record(self._run, Ended(step=last_step(self._run), code=FAILED, reason=who[:REASON_LENGTH]))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -69,7 +75,7 @@ class Chronicle:
         elif code == REQUEUE:
             # Ranks have agreed to stop, so all of them come here.
             signals = self._team.gather_text(" ".join(number.name for number in self._stop.signals))
-        if self._team.rank == 0:
+        if self._team.rank == 0 and not self._lost:
             came = list(dict.fromkeys(" ".join(signals).split()))
             if code == REQUEUE:
                 reason = f"stopped by {' and '.join(came) or 'a request'}"

@@ -58,6 +58,7 @@ def run_training(config: Config, config_name: str) -> int:
                 opened(parts.team, lambda: new_run(config, config_name), new=True) as run,
                 Chronicle(run.path, parts.team, stop) as chronicle,
             ):
+                builder.prepare_for_loss(_continue(run.path), chronicle.lost)
                 run.keep_layout(config, parts.team, builder.layout)
                 tell(
                     parts.team,
@@ -88,9 +89,7 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
         known = RunDirectory(run_dir).read_layout(config)
         with contextlib.ExitStack() as stack:
             with refusals_recorded(run_dir, ranks.rank):
-                builder = stack.enter_context(
-                    assembled(config, ranks, known, f"continue it with: gtddp train --resume {run_dir}")
-                )
+                builder = stack.enter_context(assembled(config, ranks, known, _continue(run_dir)))
             team = builder.team
             wait_s = config.parallel.lost_after_s + LOCK_EXTRA_S if was_requeued() else 0.0
             with opened(team, lambda: existing_run(run_dir, wait_s)) as run:
@@ -98,6 +97,7 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
                     tell(team, f"{run.path} has ended already: nothing to do")
                     return OK
                 with Chronicle(run.path, team, stop) as chronicle:
+                    builder.prepare_for_loss(_continue(run.path), chronicle.lost)
                     run.keep_layout(config, team, builder.layout)
                     trained = team.any(team.rank == 0 and has_trained(run))[0]
                     code = OK if trained else resume(config, run, stop, builder)
@@ -119,6 +119,10 @@ class Builder(Protocol):
     layout: tuple[int, ...] | None
     """Where the network is cut; None in one process."""
 
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Once a rank is lost, from now on: `advice` says what to do, and `note` is called with who it was."""
+        ...
+
     def build(self, config: Config) -> Parts:
         """Parts of a run at its start."""
         ...
@@ -130,6 +134,9 @@ class SoloBuilder:
     team: Team = SOLO
     layout: tuple[int, ...] | None = None
 
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Nothing: there is no other rank to lose."""
+
     def build(self, config: Config) -> Parts:
         return build(config)
 
@@ -139,7 +146,7 @@ def assembled(
     config: Config,
     ranks: Ranks,
     cuts: Sequence[int] | None = None,
-    advice: str = "continue it with gtddp train --resume",
+    advice: str = "nothing was written yet: start the run again",
 ) -> Iterator[Builder]:
     """The ranks of a run, met, while the block runs.
 
@@ -153,14 +160,18 @@ def assembled(
         yield SoloBuilder()
         return
     try:
-        from .pipeline.parts import RankBuilder, met
+        from .pipeline.parts import met
     except ModuleNotFoundError as error:
         raise UserError(
             f"training on {ranks.world} ranks needs {error.name}, which is not installed: pip install "
             "'gtddp-dist[cluster]'"
         ) from error
-    with met(config, ranks, cuts, advice) as (grid, prepared):
-        yield RankBuilder(grid, prepared)
+    with met(config, ranks, cuts, advice) as builder:
+        yield builder
+
+
+def _continue(run: Path) -> str:
+    return f"continue it with: gtddp train --resume {run}"
 
 
 @contextlib.contextmanager
