@@ -32,8 +32,8 @@ def refusals_recorded(run: Path, rank: int) -> Iterator[None]:
 class Chronicle:
     """A context manager around the work of a start, on all ranks: rank 0 records its beginning and its end.
 
-    The end is recorded also where an exception leaves the block; a process that is killed records none. Where a rank was
-    lost there can be two records, of what the connection to it said and of who it was: the last counts.
+    The end is recorded also where an exception leaves the block; a process that is killed records none. Where a rank
+    was lost there can be two records, of what the connection to it said and of who it was: the last counts.
     """
 
     def __init__(self, run: Path, team: Team, stop: StopRequest) -> None:
