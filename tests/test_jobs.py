@@ -317,6 +317,15 @@ def test_requeue_puts_a_job_back_until_its_restarts_are_used_up(
     assert isinstance(last, Decided) and not last.requeued and last.step == 3 and last.code == 137
 
 
+def test_one_task_of_an_array_is_put_back(slurm: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last task that starts has the number of the array as its own.
+    for name, value in (("SLURM_ARRAY_JOB_ID", "41"), ("SLURM_ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(name, value)
+    record(run, started())
+    assert cli.main(["requeue", "a", "--exit-code=137"]) == 0
+    assert calls(slurm) == ["scontrol requeue 41_3"]
+
+
 def test_a_script_that_slurm_has_given_up_does_nothing(
     slurm: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

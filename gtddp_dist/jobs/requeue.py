@@ -35,6 +35,7 @@ class Job:
     """The Slurm job that this process is in."""
 
     number: str
+    """By which Slurm knows it and no other: 12, or 12_3 for a task of an array."""
     restart: int
     """How often it had been put back when this start began."""
 
@@ -47,6 +48,9 @@ class Job:
                 "gtddp requeue is the last line of a Slurm job's script: it needs SLURM_JOB_ID, and a number as "
                 "SLURM_RESTART_COUNT where there is one"
             )
+        if "SLURM_ARRAY_TASK_ID" in environ:
+            # One task of an array has the number of the array as its own: by that Slurm would take all of them.
+            number = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
         return Job(number, int(restart))
 
 
