@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__, config_docs, errors
 from .config import Config, load_config, shipped_configs
-from .launch import discover, local
+from .launch import discover, local, stop_signals_held
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -38,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_plan(config, name, arguments.out)
             case "bench":
                 return _bench(arguments, words)
+            case "submit":
+                return _submit(arguments, words)
+            case "requeue":
+                from .jobs.requeue import requeue
+
+                return requeue(arguments.runs, arguments.exit_code)
         if arguments.resume is not None:
             return _resume(arguments.resume, words, check_only=arguments.check)
         return _train(words, check_only=arguments.check)
@@ -55,9 +61,10 @@ def _train(words: list[str], *, check_only: bool) -> int:
     code = _started_ranks(config)
     if code is not None:
         return code
-    from .train import run_training
+    with stop_signals_held():  # until there is a handler for them: importing torch takes seconds
+        from .train import run_training
 
-    return run_training(config, name)
+        return run_training(config, name)
 
 
 def _configured(words: list[str], command: str) -> tuple[str, Config]:
@@ -142,9 +149,27 @@ def _resume(run: Path, words: list[str], *, check_only: bool) -> int:
         code = _started_ranks(grid or load_config(str(file)))
         if code is not None:
             return code
-    from .train import resume_training
+    with stop_signals_held():
+        from .train import resume_training
 
-    return resume_training(run, grid)
+        return resume_training(run, grid)
+
+
+def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
+    from .jobs.submit import run_resubmit, run_submit
+
+    if arguments.resume is None:
+        name, config = _configured(words, "submit")
+        return run_submit(config, name, wait=arguments.wait, dry_run=arguments.dry_run)
+    other = [word for word in words if not word.startswith(("launch.", *_GRID_KEYS))]
+    if other or arguments.dry_run:
+        raise errors.UserError(
+            "submit --resume continues a run as it was configured, but for launch.* and parallel.*: leave out "
+            f"{(other or ['--dry-run'])[0]!r}"
+        )
+    return run_resubmit(
+        arguments.resume, load_config(str(arguments.resume / "config.yaml"), words), wait=arguments.wait
+    )
 
 
 def _summary(config: Config) -> str:
@@ -159,7 +184,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments, rest = parser.parse_known_args(argv)
     # argparse fills a positional of many words from one run of them; words after a flag end up in `rest`.
     flags = [word for word in rest if word.startswith("-")]
-    if flags or (rest and arguments.command not in ("train", "plan", "bench")):
+    if flags or (rest and arguments.command not in ("train", "plan", "bench", "submit")):
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     return arguments, [*getattr(arguments, "words", []), *rest]
 
@@ -255,7 +280,35 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--grid", metavar="pipe=P,data=D", help="scaling: this grid alone, on ranks that are there")
     bench.add_argument("--list", action="store_true", help="scaling: print the grids, one a line, and measure nothing")
     bench.add_argument("--join", type=Path, metavar="DIR", help="scaling: join the figures that --grid left in DIR")
+    _add_jobs(commands)
     return parser
+
+
+def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    submit = commands.add_parser(
+        "submit",
+        help="train as a job of Slurm",
+        usage=(
+            "gtddp submit CONFIG [key=value ...] [--wait] [--dry-run]\n"
+            "       gtddp submit --resume RUN [launch.key=value ...] [--wait]"
+        ),
+        description="Make a run directory and hand it to launch.executor; or hand over an existing run again.",
+        epilog=_EXIT_CODES,
+        allow_abbrev=False,
+    )
+    submit.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", help="as for train")
+    submit.add_argument("--resume", type=Path, metavar="RUN", help="submit this run again, to be continued")
+    submit.add_argument("--wait", action="store_true", help="return when the run has ended, with its exit code")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch file, and change nothing")
+    requeue = commands.add_parser(
+        "requeue",
+        help="put a job back into Slurm's queue where its run needs it",
+        description="The last line of a job's script: decides whether the job is put back (docs/jobs.md).",
+        epilog="exit code: 0 where the job was put back, else that of the job",
+        allow_abbrev=False,
+    )
+    requeue.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories that the job trained")
+    requeue.add_argument("--exit-code", type=int, required=True, metavar="N", help="of srun")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from .checkpoint import JSON
 from .errors import UserError
+from .source import git_revision
 
 DISTRIBUTION = "gtddp-dist"
 
@@ -32,7 +33,7 @@ def describe_environment() -> dict[str, JSON]:
         "gpus": _gpus(),
         "cuda": torch.version.cuda,
         "torch_threads": torch.get_num_threads(),
-        "git": _git_revision(Path(__file__).resolve().parent),
+        "git": cast(JSON, git_revision()),
     }
 
 
@@ -111,28 +112,3 @@ def _gpus() -> list[JSON]:
         {"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"}
         for gpu in properties
     ]
-
-
-def _git_revision(folder: Path) -> JSON:
-    """Revision of the code in `folder` and whether files differ from it; None where it is not in a git checkout."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(folder), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=30,
-                check=False,
-            )
-        except (FileNotFoundError, subprocess.TimeoutExpired):
-            return None  # no git on this machine: the revision is unknown
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed package may lie inside somebody else's checkout; only tracked files have that checkout's
-    # revision.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None
-    revision = git("rev-parse", "HEAD")
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    return None if revision is None or changes is None else {"revision": revision, "changed": bool(changes)}

@@ -1,6 +1,8 @@
 """The directory that holds everything of one run.
 
 config.yaml          every option with its value
+history.jsonl        submissions, starts and how they ended (gtddp_dist.jobs.history)
+source.patch         what the code differed in from its git revision, where it did
 layout.json          grid -> where the network was cut (runs on several ranks)
 environment.json     versions, hardware, revision of the code; one more entry for each resume
 metrics.jsonl        an object a line, by increasing step
@@ -23,22 +25,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import cast
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import JSON, CheckpointError
-from .config import from_yaml, to_yaml
+from .config import from_yaml
 from .config_schema import Config
 from .environment import describe_environment
 from .errors import UserError
 from .files import write_atomically, write_text_atomically
+from .run_folder import fill, locked, new_path, refuse_used
 from .team import Team
-
-DEFAULT_PARENT = Path("runs")
-_LOCK = ".lock"
 
 Record = dict[str, float]
 """One line of metrics: the step and what was measured then."""
@@ -137,70 +136,24 @@ def new_run(config: Config, config_name: str) -> Iterator[RunDirectory]:
     It is `run.dir`, or `runs/<config>-<time>` with the time in UTC. Raises UserError where `run.dir` is
     already there and not empty.
     """
-    run = RunDirectory(_new_path(config, config_name))
-    _refuse_used(run)  # before the lock: a directory that is refused should not get a lock file
-    with _locked(run):
-        _refuse_used(run)
-        write_text_atomically(run.config_file, to_yaml(config))
+    run = RunDirectory(new_path(config, config_name))
+    refuse_used(run.path)  # before the lock: a directory that is refused should not get a lock file
+    with locked(run.path):
+        refuse_used(run.path)
+        fill(run.path, config)
         yield run
 
 
 @contextlib.contextmanager
-def existing_run(path: Path) -> Iterator[RunDirectory]:
-    """A run directory that is already there, locked while the block runs. Raises UserError where there is none."""
+def existing_run(path: Path, wait_s: float = 0.0) -> Iterator[RunDirectory]:
+    """A run directory that is already there, locked while the block runs.
+
+    Raises UserError where there is none, or where another process still trains in it after `wait_s` seconds.
+    """
     run = RunDirectory(path)
     run.read_config()  # before the lock: a mistyped path should not get a lock file
-    with _locked(run):
+    with locked(run.path, wait_s):
         yield run
-
-
-def _new_path(config: Config, config_name: str) -> Path:
-    if config.run.dir is not None:
-        path = Path(config.run.dir)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.dir = {path} cannot be made: {error}") from error
-        return path
-    name = f"{Path(config_name).stem}-{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}"
-    for attempt in range(1, 1000):
-        path = DEFAULT_PARENT / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue  # another run of this config started in the same second
-        except OSError as error:
-            raise UserError(f"the run directory {path} cannot be made: {error}; set run.dir") from error
-        return path
-    raise UserError(f"{DEFAULT_PARENT} already has 999 runs called {name}: set run.dir")
-
-
-def _refuse_used(run: RunDirectory) -> None:
-    if any(item.name != _LOCK for item in run.path.iterdir()):
-        raise UserError(
-            f"run.dir = {run.path} is not empty: choose another, or continue the run there with --resume {run.path}"
-        )
-
-
-@contextlib.contextmanager
-def _locked(run: RunDirectory) -> Iterator[None]:
-    """Keeps a second process out: two that write the same metrics and checkpoints would ruin both runs.
-
-    The lock belongs to the process, so that it ends with it, however it ends.
-    """
-    lock = FileLock(run.path / _LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(
-            f"another process is training in {run.path}: wait until it ends, or choose another run.dir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{run.path} cannot be locked, so nothing can be written there: {error}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _grid_of(config: Config) -> str:
@@ -213,13 +166,13 @@ class MetricsLog:
     Args:
         run: the run directory.
         tensorboard: also write `tb/`.
-        from_step: the step that the run continues from. What was logged after it by a start that did not get
-        to its
-            next checkpoint is dropped, so that a curve has each step once.
+        from_step: the step that the run continues from, 0 where it begins. What was logged after it by a start that
+            did not get to its next checkpoint is dropped, so that a curve has each step once.
     """
 
-    def __init__(self, run: RunDirectory, *, tensorboard: bool, from_step: int | None = None) -> None:
-        if from_step is not None and run.metrics_file.exists():
+    def __init__(self, run: RunDirectory, *, tensorboard: bool, from_step: int = 0) -> None:
+        continued = run.metrics_file.exists()
+        if continued:
             kept = [line for line in _lines(run.metrics_file) if cast(int, line["step"]) <= from_step]
             text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
             write_text_atomically(run.metrics_file, text)
@@ -227,7 +180,7 @@ class MetricsLog:
         self._writer: SummaryWriter | None = None
         if tensorboard:
             # TensorBoard drops what it has from purge_step on when it comes to this file.
-            purge = None if from_step is None else from_step + 1
+            purge = from_step + 1 if continued else None
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge)
 
     def write(self, step: int, measured: Mapping[str, float]) -> None:

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError, Wanted
 from .checkpoint_writer import Writer
+from .chronicle import Chronicle
 from .config_schema import Config, OptimizerConfig, RunConfig
 from .environment import select_device
 from .errors import FAILED, OK, REQUEUE, ToldElsewhere, UserError
+from .jobs.history import last_step
 from .launch import Ranks, StopRequest, launch
 from .parts import Parts, build, build_model, load_data, validate
 from .plots import plot_curves
@@ -33,6 +35,9 @@ from .run_directory import MetricsLog, NoLog, Record, RunDirectory, existing_run
 from .team import SOLO, Team
 from .training_state import attempt_name, load_model_tensors, model_tensors_of
 from .training_step import Precision
+
+LOCK_EXTRA_S = 30.0
+"""How much longer than `parallel.lost_after_s` a requeued job waits for processes of its former start to end."""
 
 
 def run_training(config: Config, config_name: str) -> int:
@@ -45,7 +50,10 @@ def run_training(config: Config, config_name: str) -> int:
     def work(stop: StopRequest, ranks: Ranks) -> int:
         with assembled(config, ranks) as builder:
             parts = builder.build(config)  # before the run directory: what cannot be built leaves none behind
-            with opened(parts.team, lambda: new_run(config, config_name)) as run:
+            with (
+                opened(parts.team, lambda: new_run(config, config_name)) as run,
+                Chronicle(run.path, parts.team, stop) as chronicle,
+            ):
                 run.keep_layout(config, parts.team, builder.layout)
                 tell(
                     parts.team,
@@ -53,14 +61,14 @@ def run_training(config: Config, config_name: str) -> int:
                     end="",
                 )
                 tell(parts.team, f"{parts.total_steps} steps of {config.train.batch_size} samples")
-                return finish(config, run, stop, builder, train(parts, run, stop))
+                return finish(config, run, stop, builder, train(parts, run, stop), chronicle)
 
     return launch(work, config.parallel.pipe * config.parallel.data)
 
 
 def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
-    """Continues the run in `run_dir` from its newest valid checkpoint, on the grid that it had or on another; does
-    nothing where it has ended.
+    """Continues the run in `run_dir` from its newest valid checkpoint, on the grid that it had or on another; begins it
+    where no start has come to its first checkpoint; does nothing where it has ended.
 
     Args:
         run_dir: of the run.
@@ -76,16 +84,24 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
         known = RunDirectory(run_dir).read_layout(config)
         with assembled(config, ranks, known, f"continue it with: gtddp train --resume {run_dir}") as builder:
             team = builder.team
-            with opened(team, lambda: existing_run(run_dir)) as run:
-                done = is_finished(config, run)
-                if team.any(done)[0]:
+            wait_s = config.parallel.lost_after_s + LOCK_EXTRA_S if was_requeued() else 0.0
+            with opened(team, lambda: existing_run(run_dir, wait_s)) as run:
+                if team.any(team.rank == 0 and is_finished(config, run))[0]:
                     tell(team, f"{run.path} has ended already: nothing to do")
                     return OK
-                run.keep_layout(config, team, builder.layout)
-                code = OK if has_trained(run) else resume(config, run, stop, builder)
-                return finish(config, run, stop, builder, code)
+                with Chronicle(run.path, team, stop) as chronicle:
+                    run.keep_layout(config, team, builder.layout)
+                    trained = team.any(team.rank == 0 and has_trained(run))[0]
+                    code = OK if trained else resume(config, run, stop, builder)
+                    return finish(config, run, stop, builder, code, chronicle)
 
     return launch(work, config.parallel.pipe * config.parallel.data)
+
+
+def was_requeued() -> bool:
+    """Whether Slurm has put this job back before: processes of its former start may be about to end still, on a node
+    that Slurm has given up."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
 class Builder(Protocol):
@@ -173,6 +189,7 @@ def evaluate_run(run_dir: Path) -> int:
         tensors, step = run.read_model()
     else:
         newest = newest_checkpoint(run)
+        assert newest is not None  # it would have raised
         source, tensors, step = newest.folder, model_tensors_of(newest), newest.step
     data = load_data(config).to(precision.device)
     model = build_model(config, data, precision)
@@ -187,9 +204,13 @@ def evaluate_run(run_dir: Path) -> int:
 
 
 def resume(config: Config, run: RunDirectory, stop: StopRequest, builder: Builder) -> int:
-    """`train` from the newest valid checkpoint of a run."""
+    """`train` from the newest valid checkpoint of a run; from the start where no start has come to its first."""
     parts = builder.build(config)
-    newest = newest_checkpoint(run, parts.team, parts.state.wanted)
+    every = config.checkpoint.every or parts.order.steps_per_epoch
+    newest = newest_checkpoint(run, parts.team, parts.state.wanted, may_begin=last_step(run.path) < every)
+    if newest is None:
+        tell(parts.team, f"begins {run.path}: {parts.total_steps} steps of {config.train.batch_size} samples")
+        return train(parts, run, stop)
     parts.state.restore(newest)
     tell(parts.team, f"continues {run.path} at step {newest.step} of {parts.total_steps}")
     return train(parts, run, stop, newest.step)
@@ -207,7 +228,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
     if leads:
         run.record_start(progress.step)
     with (
-        MetricsLog(run, tensorboard=config.log.tensorboard, from_step=from_step) if leads else NoLog() as log,
+        MetricsLog(run, tensorboard=config.log.tensorboard, from_step=from_step or 0) if leads else NoLog() as log,
         progress_bar(parts) as bar,
         Writer(run.checkpoints, team.rank, team.world, config.checkpoint.keep) as writer,
     ):
@@ -293,16 +314,20 @@ def advance(scheduler: LambdaLR) -> None:
         scheduler.step()
 
 
-def newest_checkpoint(run: RunDirectory, team: Team = SOLO, wanted: Wanted | None = None) -> Checkpoint:
+def newest_checkpoint(
+    run: RunDirectory, team: Team = SOLO, wanted: Wanted | None = None, *, may_begin: bool = False
+) -> Checkpoint | None:
     """The newest checkpoint of a run that all ranks can use; says which newer ones cannot, and why.
 
     With several ranks, or with `wanted`, for a run that continues: those are taken out of its way
-    (`checkpoint.set_aside`). Raises CheckpointError where no checkpoint can be used.
+    (`checkpoint.set_aside`). None where no checkpoint was ever completed and rank 0 has set `may_begin`. Raises
+    CheckpointError where no checkpoint can be used otherwise.
     """
     newest, refused = checkpoint.newest_agreed(run.checkpoints, wanted, team.gather_text)
     for item in refused:
         say(team, f"gtddp: warning: checkpoint not used: {item.reason}")
-    if newest is None:
+    begins = team.any(team.rank == 0 and may_begin)[0] and not any(item.complete for item in refused)
+    if newest is None and not begins:
         reason = "none can be used" if refused else "there is none"
         if team.rank != 0:
             raise ToldElsewhere
@@ -326,7 +351,9 @@ def has_trained(run: RunDirectory) -> bool:
     return summary is not None and summary["finished"] is True
 
 
-def finish(config: Config, run: RunDirectory, stop: StopRequest, builder: Builder, code: int) -> int:
+def finish(
+    config: Config, run: RunDirectory, stop: StopRequest, builder: Builder, code: int, chronicle: Chronicle
+) -> int:
     """What follows on training, which ended with the exit code `code`; returns that of the whole run.
 
     After OK: the baseline where `run.baseline` asks for it, then `curves.png`, and the results in print.
@@ -339,7 +366,8 @@ def finish(config: Config, run: RunDirectory, stop: StopRequest, builder: Builde
         report(config, run)
     if code == REQUEUE:
         say(builder.team, f"continue with: gtddp train --resume {run.path}")
-    return code
+    nonfinite = f"the loss or the gradient of {config.train.max_nonfinite} steps in a row was not finite"
+    return chronicle.ends(code, nonfinite if code == FAILED else "")
 
 
 def report(config: Config, run: RunDirectory) -> None:

@@ -15,7 +15,7 @@ from ..errors import OK, REQUEUE, UserError
 from . import local, mpi, slurm, torchrun
 from .ranks import Ranks, alone
 from .rendezvous import RankMissing, Rendezvous, agree_on_start
-from .stop import StopRequest
+from .stop import StopRequest, release_stop_signals, stop_signals_held
 
 __all__ = [
     "WAYS",
@@ -26,6 +26,7 @@ __all__ = [
     "agree_on_start",
     "discover",
     "launch",
+    "stop_signals_held",
 ]
 
 Work = Callable[[StopRequest, Ranks], int]
@@ -78,6 +79,8 @@ def launch(work: Work, wanted: int, argv: Sequence[str] | None = None) -> int:
     with StopRequest() as stop:
         if ranks.started_by == "gtddp":
             local.enter()
+        else:
+            release_stop_signals()
         if ranks.started_by != "mpirun":
             return work(stop, ranks)
         agreed = False

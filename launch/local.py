@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from typing import Final
 from ..errors import BAD_INPUT, FAILED, OK, REQUEUE
 from .lines import LineMerger
 from .ranks import Ranks, checked, number
-from .stop import STOP_SIGNALS
+from .stop import STOP_SIGNALS, release_stop_signals, stop_signals_held
 
 STARTED_BY: Final = "GTDDP_STARTED_BY"
 PARENT: Final = "GTDDP_PARENT"
@@ -74,7 +74,7 @@ def enter(environ: MutableMapping[str, str] = os.environ) -> None:
         os._exit(FAILED)
     for name in (STARTED_BY, PARENT, LISTEN_FD):
         environ.pop(name, None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    release_stop_signals()
 
 
 def start(command: Sequence[str], wanted: int) -> int:
@@ -189,7 +189,7 @@ class _Children:
         self._activity: tuple[int, float] = (-1, 0.0)
 
     def start(self, command: Sequence[str], wanted: int) -> None:
-        with socket.create_server(("127.0.0.1", 0), backlog=wanted + 128) as listener, _stop_signals_blocked():
+        with socket.create_server(("127.0.0.1", 0), backlog=wanted + 128) as listener, stop_signals_held():
             for rank in range(wanted):
                 self._children.append(self._start_one(command, wanted, rank, listener))
 
@@ -311,16 +311,3 @@ def _context_switches(process: int) -> int:
             continue
         total += sum(int(line.split()[1]) for line in lines if "ctxt_switches" in line)
     return total
-
-
-@contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Children started meanwhile have the stop signals blocked until they `enter`.
-
-    Python would end, or raise KeyboardInterrupt, on one that comes before its handler is there; so it waits.
-    """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)

@@ -10,10 +10,31 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+@contextmanager
+def stop_signals_held(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> Iterator[None]:
+    """Signals that come while the block runs wait for its end, or for `release_stop_signals`.
+
+    For the time before there is a handler: Python would end, or raise KeyboardInterrupt. Processes started meanwhile
+    have them blocked until they release them.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def release_stop_signals() -> None:
+    """Lets stop signals come to this thread, those that were held included."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class StopRequest:
@@ -26,7 +47,8 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._signal: signal.Signals | None = None
+        self.signals: list[signal.Signals] = []
+        """Stop signals that came, in order."""
         self._asked = False
         # The values are what signal.getsignal returns: a callable, one of its constants, or None.
         self._former: dict[signal.Signals, Any] = {}
@@ -46,8 +68,8 @@ class StopRequest:
         self._former.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        again = self._signal == signal.SIGINT and number == signal.SIGINT
-        self._signal = signal.Signals(number)
+        again = self.signals[-1:] == [signal.SIGINT] and number == signal.SIGINT
+        self.signals.append(signal.Signals(number))
         self._asked = True
         if again:
             raise KeyboardInterrupt
@@ -64,4 +86,4 @@ class StopRequest:
     @property
     def reason(self) -> str:
         """Who asked, for messages: the name of the signal, or "a request"."""
-        return "a request" if self._signal is None else self._signal.name
+        return self.signals[-1].name if self.signals else "a request"

@@ -566,29 +566,29 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_environment_is_described_with_the_revision_of_a_checkout_only(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from gtddp_dist import environment
+    from gtddp_dist import source
 
     text = json.dumps(describe_environment())
     assert json.loads(text)["cpu"]["cores"] >= 1
     package = tmp_path / "site-packages"
     package.mkdir()
-    (package / "environment.py").touch()
+    (package / "source.py").touch()
 
     def git(*words: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
 
-    assert environment._git_revision(package) is None  # no repository
+    assert source.git_revision(package) is None  # no repository
     git("init", "-q")
     git("commit", "-q", "--allow-empty", "-m", "somebody else's")
-    assert environment._git_revision(package) is None  # in a repository, but not of it
+    assert source.git_revision(package) is None  # in a repository, but not of it
     git("add", ".")
     git("commit", "-q", "-m", "now of it")
-    found = environment._git_revision(package)
+    found = source.git_revision(package)
     assert isinstance(found, dict)
     assert found["changed"] is False and re.fullmatch(r"[0-9a-f]{40}", str(found["revision"]))
-    (package / "environment.py").write_text("changed")
-    found = environment._git_revision(package)
+    (package / "source.py").write_text("changed")
+    found = source.git_revision(package)
     assert isinstance(found, dict) and found["changed"] is True
 
 

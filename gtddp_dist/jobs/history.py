@@ -17,6 +17,7 @@ from typing import TypeAlias
 from ..errors import UserError
 
 FILE = "history.jsonl"
+_TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,24 @@ def read(run: Path) -> list[Event]:
     return events
 
 
-def last(events: Sequence[Event], kind: type[Event]) -> Event | None:
-    """The newest event of a kind; None where there is none."""
-    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+def last_step(run: Path) -> int:
+    """The last step in `metrics.jsonl`, and 0 where there is none."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            tail = file.read()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(tail.splitlines()):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # half of a line: at the start of the tail, or written when the process died
+    return 0
+
+
+def since_submission(events: Sequence[Event]) -> list[Event]:
+    """What has happened since the run was submitted last; everything where it never was."""
+    newest = max((at for at, event in enumerate(events) if isinstance(event, Submitted)), default=-1)
+    return list(events[newest + 1 :])

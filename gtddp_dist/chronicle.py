@@ -1,0 +1,67 @@
+"""One start of a run, as its history tells it: when it began, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from .errors import FAILED, OK, REQUEUE, UserError
+from .jobs.history import Ended, Started, last_step, record
+from .launch import StopRequest
+from .team import Team
+
+REASON_LENGTH = 500
+
+
+class Chronicle:
+    """A context manager around the work of a start, on all ranks: rank 0 records its beginning and its end.
+
+    The end is recorded also where an exception leaves the block; a process that is killed records none.
+    """
+
+    def __init__(self, run: Path, team: Team, stop: StopRequest) -> None:
+        self._run, self._team, self._stop = run, team, stop
+        self._code: int | None = None
+        self._reason = ""
+
+    def __enter__(self) -> Chronicle:
+        hosts = list(dict.fromkeys(self._team.gather_text(os.environ.get("SLURMD_NODENAME") or socket.gethostname())))
+        if self._team.rank == 0:
+            record(
+                self._run,
+                Started(
+                    step=last_step(self._run),
+                    job=os.environ.get("SLURM_JOB_ID"),
+                    restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+                    hosts=hosts,
+                ),
+            )
+        return self
+
+    def ends(self, code: int, reason: str = "") -> int:
+        """Notes with which exit code the block will end, and why; returns it."""
+        self._code, self._reason = code, reason
+        return code
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        code, reason, signals = FAILED if self._code is None else self._code, self._reason, [""]
+        if error is not None:
+            code = error.exit_code if isinstance(error, UserError) else FAILED
+            reason = str(error) or ("another rank failed" if isinstance(error, UserError) else type(error).__name__)
+        elif code == REQUEUE:
+            # Ranks have agreed to stop, so all of them come here.
+            signals = self._team.gather_text(" ".join(number.name for number in self._stop.signals))
+        if self._team.rank == 0:
+            came = list(dict.fromkeys(" ".join(signals).split()))
+            if code == REQUEUE:
+                reason = f"stopped by {' and '.join(came) or 'a request'}"
+            if code == OK:
+                reason = ""
+            record(
+                self._run,
+                Ended(step=last_step(self._run), code=code, reason=reason[:REASON_LENGTH], signals=came),
+            )
