@@ -70,11 +70,12 @@ class Draft:
     """Settings by dotted key, with where each was given, that are not validated yet; `build` does it."""
 
     _settings: Mapping[str, _Setting] = dataclasses.field(default_factory=dict)
-    _problems: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    """Problems found so far: keys that the schema does not have, words that are no key=value."""
 
     def over(self, values: Mapping[str, strict_yaml.Value], origins: Mapping[str, str]) -> Draft:
         """The same with these values over it; `origins` says in messages where each of them was given."""
-        settings, problems = dict(self._settings), list(self._problems)
+        settings, problems = dict(self._settings), list(self.unread)
         for key, value in values.items():
             if key in _keys():
                 settings[key] = _Setting(value, origins[key])
@@ -84,7 +85,7 @@ class Draft:
 
     def overridden(self, overrides: Sequence[str]) -> Draft:
         """The same with `key=value` of the command line over it; of two of one key the later counts."""
-        settings, problems = dict(self._settings), list(self._problems)
+        settings, problems = dict(self._settings), list(self.unread)
         for override in overrides:
             _apply_override(override, settings, problems)
         return Draft(settings, tuple(problems))
@@ -95,13 +96,13 @@ class Draft:
 
     def problems(self) -> list[str]:
         """What `build` would find, one message a problem; nothing for a valid configuration."""
-        found = list(self._problems)
+        found = list(self.unread)
         _build(self._settings, found)
         return found
 
     def build(self) -> Config:
         """The configuration. Raises ConfigError with all problems."""
-        problems = list(self._problems)
+        problems = list(self.unread)
         config = _build(self._settings, problems)
         if config is None:
             count = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration:\n  "

@@ -13,10 +13,11 @@ from typing import Literal, TypeAlias
 from ..errors import OK, REQUEUE, UserError
 from . import history
 from .history import Decided, Ended, Event, Started, Submitted
+from .submit import outcome
 
-Phase: TypeAlias = Literal["new", "submitted", "running", "ended", "requeued", "done", "stopped", "failed"]
-"""new: never submitted nor started; submitted: not started since; running: started, and no end recorded (it may have
-been killed); ended: stopped, and its job's script has not decided yet; requeued: put back by its job's script."""
+Phase: TypeAlias = Literal["new", "submitted", "running", "requeued", "done", "stopped", "failed"]
+"""new: neither submitted nor started; submitted: not started since; running: started, and no end recorded (it may have
+been killed); requeued: put back by its job's script; stopped: with a checkpoint, on request."""
 
 # Of a config.yaml that gtddp wrote: to parse all of it, a thousand times, takes seconds.
 _TRAIN = re.compile(r"^train:\n((?:[ -].*\n)*)", re.MULTILINE)
@@ -33,6 +34,8 @@ class Facts:
     owner: int
     """Numeric id of the user who owns the directory."""
     phase: Phase
+    settled: bool
+    """Whether it stays in that phase, whatever the scheduler says."""
     executor: str | None
     """That it was submitted to, or slurm for a script of Slurm's; None where it was started by hand."""
     job: str | None
@@ -62,18 +65,20 @@ def read_facts(run: Path) -> Facts:
     except OSError as error:
         raise UserError(f"{run} is not a run directory: {error}") from error
     events = history.read(run)
-    summary = _summary(run / "summary.json")
+    summary = read_summary(run)
     phase, reason = _phase(events, summary)
     tail = newest_values(run / "metrics.jsonl", ("step", "epoch", "train/loss", "val/accuracy", "throughput"))
     submitted = next((event for event in reversed(events) if isinstance(event, Submitted)), None)
     starts = [event for event in events if isinstance(event, Started)]
     by_script = starts[-1].job if starts and submitted is None else None
+    executor = "slurm" if by_script else submitted and submitted.executor
     step = tail.get("step")
     return Facts(
         run=run,
         owner=owner,
         phase=phase,
-        executor="slurm" if by_script else submitted and submitted.executor,
+        settled=phase in ("new", "done") or outcome(events, executor or "") is not None,
+        executor=executor,
         job=by_script or (submitted and submitted.job),
         hosts=starts[-1].hosts if starts else [],
         step=None if step is None else int(step),
@@ -89,21 +94,17 @@ def read_facts(run: Path) -> Facts:
 def _phase(events: Sequence[Event], summary: Mapping[str, object]) -> tuple[Phase, str]:
     """Where the run stands, and why it ended."""
     match events[-1] if events else None:
-        case None:
-            return ("done" if summary.get("finished") is True else "new"), ""
         case Submitted():
             return "submitted", ""
         case Started():
             return "running", ""
         case Decided(requeued=True, reason=reason):
             return "requeued", reason
-        case Ended(code=code, reason=reason) | Decided(code=code, reason=reason) as event:
+        case Ended(code=code, reason=reason) | Decided(code=code, reason=reason):
             if code == OK:
                 return "done", ""
-            if code == REQUEUE:
-                return ("ended" if isinstance(event, Ended) else "stopped"), reason
-            return "failed", reason or f"exit code {code}"
-    raise AssertionError("an event of an unknown kind")
+            return ("stopped" if code == REQUEUE else "failed"), reason or f"exit code {code}"
+    return ("done" if summary.get("finished") is True else "new"), ""
 
 
 def newest_values(file: Path, names: Sequence[str]) -> dict[str, float]:
@@ -138,8 +139,9 @@ def _number(line: bytes, name: str, file: Path) -> float:
         raise UserError(f"{file}: a line that has no number {name}: {error}: {line[:80]!r}") from error
 
 
-def _summary(file: Path) -> Mapping[str, object]:
-    """What a run came to; nothing before its end."""
+def read_summary(run: Path) -> Mapping[str, object]:
+    """What a run came to; nothing before its end. Raises UserError where the file is damaged."""
+    file = run / "summary.json"
     try:
         summary: Mapping[str, object] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
