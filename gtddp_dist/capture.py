@@ -311,6 +311,12 @@ class Capture:
     def _staged_forward(self, *args: LiveValue, **kwargs: LiveValue) -> object:
         if self._open is None:
             return type(self.model).forward(self.model, *args, **kwargs)
+        if self.trajectory.only_training and not all(module.training for module in self.model.modules()):
+            raise ModelError(
+                f"the forward pass depends on training mode at {self.trajectory.only_training}, and a part of "
+                "the model is in evaluation mode: the nonlinear rollout runs what was traced in training mode. Use a "
+                "module there that knows its mode by itself, such as nn.Dropout"
+            )
         live = self.trajectory.bind(*args, **kwargs)
         for cut, stage in enumerate(self.trajectory.stages):
             live = stage.run(self._keep_live(self._open, cut, live))

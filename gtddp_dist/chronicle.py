@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -15,15 +17,29 @@ from .team import Team
 REASON_LENGTH = 500
 
 
+@contextmanager
+def refusals_recorded(run: Path, rank: int) -> Iterator[None]:
+    """Records, on rank 0, the end of a start that bad input keeps from beginning in the block."""
+    try:
+        yield
+    except UserError as error:
+        if rank == 0:
+            step = last_step(run)
+            record(run, Ended(step=step, code=error.exit_code, reason=str(error)[:REASON_LENGTH]))
+        raise
+
+
 class Chronicle:
     """A context manager around the work of a start, on all ranks: rank 0 records its beginning and its end.
 
-    The end is recorded also where an exception leaves the block; a process that is killed records none.
+    The end is recorded also where an exception leaves the block; a process that is killed records none. Where a rank
+    was lost there can be two records, of what the connection to it said and of who it was: the last counts.
     """
 
     def __init__(self, run: Path, team: Team, stop: StopRequest) -> None:
         self._run, self._team, self._stop = run, team, stop
         self._code: int | None = None
+        self._lost = False
         self._reason = ""
 
     def __enter__(self) -> Chronicle:
@@ -45,6 +61,11 @@ class Chronicle:
         self._code, self._reason = code, reason
         return code
 
+    def lost(self, who: str) -> None:
+        """Records the end of a start that has lost a rank: its processes may not come to the end of the block."""
+        self._lost = True
+        record(self._run, Ended(step=last_step(self._run), code=FAILED, reason=who[:REASON_LENGTH]))
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -55,7 +76,7 @@ class Chronicle:
         elif code == REQUEUE:
             # Ranks have agreed to stop, so all of them come here.
             signals = self._team.gather_text(" ".join(number.name for number in self._stop.signals))
-        if self._team.rank == 0:
+        if self._team.rank == 0 and not self._lost:
             came = list(dict.fromkeys(" ".join(signals).split()))
             if code == REQUEUE:
                 reason = f"stopped by {' and '.join(came) or 'a request'}"

@@ -47,20 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "sweep" | "status" | "tensorboard":
                 return cli_jobs.run(arguments, words)
         if arguments.resume is not None:
-            return _resume(arguments.resume, words, check_only=arguments.check)
-        return _train(words, check_only=arguments.check)
+            return _resume(arguments.resume, arguments, words)
+        return _train(arguments, words)
     except errors.UserError as error:
         if str(error):
             print(f"gtddp: error: {error}", file=sys.stderr)
         return error.exit_code
 
 
-def _train(words: list[str], *, check_only: bool) -> int:
+def _train(arguments: argparse.Namespace, words: list[str]) -> int:
     name, config = _configured(words, "train")
-    if check_only:
+    if arguments.check:
         print(f"ok: {_summary(config)}")
         return errors.OK
-    code = _started_ranks(config)
+    code = _started_ranks(config, arguments)
     if code is not None:
         return code
     with stop_signals_held():  # until there is a handler for them: importing torch takes seconds
@@ -78,7 +78,7 @@ def _configured(words: list[str], command: str) -> tuple[str, Config]:
     return Path(name).stem, load_config(name, overrides)
 
 
-def _started_ranks(config: Config) -> int | None:
+def _started_ranks(config: Config, arguments: argparse.Namespace) -> int | None:
     """Starts the ranks of a run on this host, and waits for them: their exit code.
 
     None where there is but one, or where somebody else has started this process as one of them. This process needs no
@@ -87,13 +87,13 @@ def _started_ranks(config: Config) -> int | None:
     wanted = config.parallel.pipe * config.parallel.data
     if wanted == 1 or discover() is not None:
         return None
-    return local.start([sys.executable, "-m", "gtddp_dist", *sys.argv[1:]], wanted)
+    return local.start([sys.executable, "-m", "gtddp_dist", *arguments.argv], wanted)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
     ranks = discover()
     if ranks is None and arguments.ranks > 1:
-        return local.start([sys.executable, "-m", "gtddp_dist", *sys.argv[1:]], arguments.ranks)
+        return local.start([sys.executable, "-m", "gtddp_dist", *arguments.argv], arguments.ranks)
     if ranks is not None and ranks.started_by == "gtddp":
         local.enter()
     from .doctor import run_doctor
@@ -127,7 +127,7 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
         from .bench.stages import run_stages
 
         return run_stages(config, processes=arguments.ranks or 1, as_json=arguments.json, out=arguments.out)
-    code = _started_ranks(config)
+    code = _started_ranks(config, arguments)
     if code is not None:
         return code
     from .bench.pipeline import run_pipeline
@@ -138,9 +138,9 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
 _GRID_KEYS = ("parallel.", "train.replica_groups=")
 
 
-def _resume(run: Path, words: list[str], *, check_only: bool) -> int:
+def _resume(run: Path, arguments: argparse.Namespace, words: list[str]) -> int:
     """Continue a run; only the grid may be another."""
-    other = [word for word in words if not word.startswith(_GRID_KEYS)] + (["--check"] if check_only else [])
+    other = [word for word in words if not word.startswith(_GRID_KEYS)] + (["--check"] if arguments.check else [])
     if other:
         raise errors.UserError(
             f"--resume continues a run as it was configured, but for parallel.*: leave out {other[0]!r}"
@@ -148,7 +148,7 @@ def _resume(run: Path, words: list[str], *, check_only: bool) -> int:
     file = run / "config.yaml"
     grid = load_config(str(file), words) if words else None
     if file.is_file():
-        code = _started_ranks(grid or load_config(str(file)))
+        code = _started_ranks(grid or load_config(str(file)), arguments)
         if code is not None:
             return code
     with stop_signals_held():
@@ -187,6 +187,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Arguments, and the words that are no flags: the config and its overrides, in order."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for the ranks that are started with the same
     # argparse fills a positional of many words from one run of them; words after a flag end up in `rest`.
     flags = [word for word in rest if word.startswith("-")]
     if flags or (rest and arguments.command not in _TAKE_WORDS):

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -43,6 +43,9 @@ START_WITHIN_S: Final = 120.0
 START_EXTRA_S: Final = 30.0
 """How much longer than `lost_after_s` silence is borne until all have begun: as long as ranks connect to the store it
 may answer late, since its one thread looks up their names, and a lookup that finds no name server takes seconds."""
+
+NOTE_WITHIN_S: Final = 2.0
+"""How long the note of a loss may take."""
 
 ENDED: Final = "ended"
 FAILED_WITH: Final = "failed: "
@@ -115,6 +118,7 @@ class Heartbeats:
         self.world = world
         self._describe = describe
         self._advice = advice
+        self._note: Callable[[str], None] | None = None
         self._lost_after_s = lost_after_s
         self._store_holder = store_holder
         self._store = store
@@ -315,6 +319,11 @@ class Heartbeats:
                 losses.append(Loss(rank, self._who(rank), f"gave no sign of life for {silent_s:.0f} s"))
         return losses
 
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Once a rank is lost, from now on: `advice` says what to do, and on the first rank that is left `note` is
+        called with who it was, in a thread of its own."""
+        self._advice, self._note = advice, note
+
     @property
     def _limit_s(self) -> float:
         """How long silence is borne."""
@@ -398,7 +407,14 @@ class Heartbeats:
         named = "; ".join(_named(loss) for loss in losses)
         # Past Python's own buffers, whose locks the main thread may hold, and in one piece.
         os.write(2, f"gtddp: lost {named}. {self._advice}\n".encode())
+        self._note_down(f"lost {named}", {loss.rank for loss in losses})
         self._known.set()
+
+    def _note_down(self, text: str, lost: set[int]) -> None:
+        if self._note is not None and self.rank == min(set(range(self.world)) - lost, default=-1):
+            noting = threading.Thread(target=self._note, args=(text,), daemon=True)
+            noting.start()
+            noting.join(NOTE_WITHIN_S)  # a file system may hang with the host that was lost
 
     def _end_process(self) -> None:
         """Ends this process with FAILED, without what torch does at the end: it would abort on broken connections."""

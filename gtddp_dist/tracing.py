@@ -6,6 +6,8 @@ import inspect
 import operator
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -45,14 +47,15 @@ def trace(
         choices = ", ".join(map(repr, get_args(Projection)))
         raise OptionError(f"projection={projection!r}, expected one of {choices}")
     check_parameters(model, plain_modules, plain_parameters)
-    graph = _traced_graph(model, plain_modules)
+    graph = _traced_graph(model, plain_modules, training=True).graph
     modules = dict(model.named_modules())
     anchors = _player_nodes(graph, modules, plain_modules)
     group = _with_normalisation(anchors)
     fixed = _of_parameters_alone(graph, model)
     shortcuts = _join_projections(graph, anchors, group, fixed) if projection == "cooperative" else set()
     groups = list({id(members): members for members in group.values()}.values())
-    return _cut_into_stages(model, graph, groups, shortcuts, fixed)
+    trajectory = _cut_into_stages(model, graph, groups, shortcuts, fixed)
+    return replace(trajectory, only_training=_mode_dependence(model, plain_modules, graph))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -60,16 +63,18 @@ def trace(
 
 
 class _Tracer(fx.Tracer):
-    """Stops at supported modules, plain modules and torch.nn's own; remembers where it is, for the error."""
+    """Stops at supported modules, plain modules and torch.nn's own; remembers where it is, for errors."""
 
     # Else operations on buffers would run while tracing, once and for all: a counter would count the trace, and a
     # value made from a buffer would be frozen, as a tensor left on the user's model.
     proxy_buffer_attributes = True
 
-    def __init__(self, leaves: Collection[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, leaves: Collection[nn.Module], *, keep_places: bool) -> None:
         super().__init__()
-        self.leaves = leaves
+        self.model, self.leaves = model, leaves
         self.inside: list[str] = []
+        self.places: dict[fx.Node, str] | None = {} if keep_places else None
+        """Node -> the line of the user's that made it, and its module."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.leaves or is_supported(m) or super().is_leaf_module(m, module_qualified_name)
@@ -80,10 +85,26 @@ class _Tracer(fx.Tracer):
         self.inside.pop()  # not reached on an error, which is how the error knows its module
         return result
 
+    def create_node(self, *args: object, **kwargs: object) -> fx.Node:
+        node = super().create_node(*args, **kwargs)  # type: ignore[arg-type]
+        if self.places is not None:
+            self.places[node] = f"{_user_line(traceback.extract_stack())} in {self.where}"
+        return node
 
-def _traced_graph(model: nn.Module, plain_modules: Collection[str]) -> fx.Graph:
+    @property
+    def where(self) -> str:
+        """The module that is being traced."""
+        name = self.inside[-1] if self.inside else ""
+        kind = type(self.model.get_submodule(name)).__name__
+        return f"module '{name}' ({kind})" if name else f"the model ({kind})"
+
+
+def _traced_graph(
+    model: nn.Module, plain_modules: Collection[str], *, training: bool, keep_places: bool = False
+) -> _Tracer:
+    """The tracer, with the graph of the forward pass in training or in evaluation mode."""
     modules = dict(model.named_modules())
-    tracer = _Tracer({modules[name] for name in plain_modules})
+    tracer = _Tracer(model, {modules[name] for name in plain_modules}, keep_places=keep_places)
     # Flags with defaults (say, return_features=False) are fixed at their default; tensors stay symbolic.
     fixed = {
         name: parameter.default
@@ -92,30 +113,69 @@ def _traced_graph(model: nn.Module, plain_modules: Collection[str]) -> fx.Graph:
     }
     was_training = [module.training for module in model.modules()]
     try:
-        model.train()
-        return tracer.trace(model, concrete_args=fixed or None)
+        model.train(training)
+        tracer.trace(model, concrete_args=fixed or None)
     except Exception as error:
         where = tracer.inside[-1] if tracer.inside else ""
-        owner = (
-            f"module '{where}' ({type(modules[where]).__name__})" if where else f"the model ({type(model).__name__})"
-        )
         raise ModelError(
-            f"torch.fx stopped in {owner} at {_user_line(error)}: {error}\n"
+            f"torch.fx stopped in {tracer.where} at {_user_line(traceback.extract_tb(error.__traceback__))}: {error}\n"
             "Either take that module as it is, with the base update and no feedback for its parameters "
             f"(plain_modules=['{where or '...'}']), or give the stages by hand: "
             "GTDDP(model, stages=[stage_1, stage_2, ...]), modules that take and return the live tensors."
         ) from error
     finally:
-        for module, training in zip(model.modules(), was_training, strict=True):
-            module.training = training
+        for module, training_before in zip(model.modules(), was_training, strict=True):
+            module.training = training_before
+    return tracer
 
 
-def _user_line(error: BaseException) -> str:
+def _user_line(frames: traceback.StackSummary) -> str:
     """File and line of the last frame that is not torch's own."""
     torch_folder = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(torch_folder)]
-    frame = next((f for f in reversed(frames) if f.filename != __file__), None)
-    return f"{frame.filename}:{frame.lineno} ({frame.line})" if frame else "an unknown line"
+    own = [f for f in frames if not f.filename.startswith(torch_folder) and f.filename != __file__]
+    return f"{own[-1].filename}:{own[-1].lineno} ({own[-1].line})" if own else "an unknown line"
+
+
+def _mode_dependence(model: nn.Module, plain_modules: Collection[str], graph: fx.Graph) -> str:
+    """Where the forward pass in evaluation mode is another than `graph`, that in training mode; empty: nowhere.
+
+    Modules that the tracing stops at do not count: they know the mode themselves whenever they run.
+    """
+    attributes = set(vars(model))
+    try:
+        different = _first_difference(model, graph, _traced_graph(model, plain_modules, training=False).graph)
+        if different is None:
+            return ""
+        places = [
+            list((_traced_graph(model, plain_modules, training=training, keep_places=True).places or {}).values())
+            for training in (True, False)
+        ]
+    except ModelError as error:
+        return f"in evaluation mode {str(error).splitlines()[0]}"
+    finally:
+        for name in set(vars(model)) - attributes:  # constants of these traces
+            delattr(model, name)
+    return max(places, key=len)[different]  # the one that has something more
+
+
+def _first_difference(model: nn.Module, one: fx.Graph, other: fx.Graph) -> int | None:
+    """The number of the first node in which two graphs of a model differ."""
+    numbers = {node: number for graph in (one, other) for number, node in enumerate(graph.nodes)}
+
+    def described(node: fx.Node | None) -> object:
+        if node is None:
+            return None
+        if node.op == "get_attr":  # a constant gets another name in every trace
+            target: object = operator.attrgetter(str(node.target))(model)
+            if isinstance(target, torch.Tensor) and str(node.target).startswith("_tensor_constant"):
+                target = (target.dtype, target.tolist())
+        else:
+            target = node.target
+        inputs = fx.node.map_arg((node.args, node.kwargs), lambda n: f"node {numbers[n]}")
+        return node.op, id(target) if isinstance(target, torch.Tensor) else repr(target), repr(inputs)
+
+    pairs = zip_longest(one.nodes, other.nodes)
+    return next((n for n, (a, b) in enumerate(pairs) if described(a) != described(b)), None)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 import warnings
@@ -21,11 +22,12 @@ from tqdm import tqdm
 from . import checkpoint
 from .checkpoint import Checkpoint, CheckpointError, Wanted
 from .checkpoint_writer import Writer
-from .chronicle import Chronicle
+from .chronicle import Chronicle, refusals_recorded
 from .config_schema import Config, OptimizerConfig, RunConfig
+from .doctor.folder import check_folder
 from .environment import select_device
 from .errors import FAILED, OK, REQUEUE, ToldElsewhere, UserError
-from .jobs.history import last_step
+from .jobs.history import Ended, last_step, read
 from .launch import Ranks, StopRequest, launch
 from .parts import Parts, build, build_model, load_data, validate
 from .plots import plot_curves
@@ -36,6 +38,8 @@ from .team import SOLO, Team
 from .training_state import attempt_name, load_model_tensors, model_tensors_of
 from .training_step import Precision
 
+SHARED_WITHIN_S = 20.0
+"""How long a network file system may take to show one host what another has written."""
 LOCK_EXTRA_S = 30.0
 """How much longer than `parallel.lost_after_s` a requeued job waits for processes of its former start to end."""
 
@@ -51,9 +55,10 @@ def run_training(config: Config, config_name: str) -> int:
         with assembled(config, ranks) as builder:
             parts = builder.build(config)  # before the run directory: what cannot be built leaves none behind
             with (
-                opened(parts.team, lambda: new_run(config, config_name)) as run,
+                opened(parts.team, lambda: new_run(config, config_name), new=True) as run,
                 Chronicle(run.path, parts.team, stop) as chronicle,
             ):
+                builder.prepare_for_loss(_continue(run.path), chronicle.lost)
                 run.keep_layout(config, parts.team, builder.layout)
                 tell(
                     parts.team,
@@ -82,7 +87,9 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
 
     def work(stop: StopRequest, ranks: Ranks) -> int:
         known = RunDirectory(run_dir).read_layout(config)
-        with assembled(config, ranks, known, f"continue it with: gtddp train --resume {run_dir}") as builder:
+        with contextlib.ExitStack() as stack:
+            with refusals_recorded(run_dir, ranks.rank):
+                builder = stack.enter_context(assembled(config, ranks, known, _continue(run_dir)))
             team = builder.team
             wait_s = config.parallel.lost_after_s + LOCK_EXTRA_S if was_requeued() else 0.0
             with opened(team, lambda: existing_run(run_dir, wait_s)) as run:
@@ -90,6 +97,7 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
                     tell(team, f"{run.path} has ended already: nothing to do")
                     return OK
                 with Chronicle(run.path, team, stop) as chronicle:
+                    builder.prepare_for_loss(_continue(run.path), chronicle.lost)
                     run.keep_layout(config, team, builder.layout)
                     trained = team.any(team.rank == 0 and has_trained(run))[0]
                     code = OK if trained else resume(config, run, stop, builder)
@@ -111,6 +119,10 @@ class Builder(Protocol):
     layout: tuple[int, ...] | None
     """Where the network is cut; None in one process."""
 
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Once a rank is lost, from now on: `advice` says what to do, and `note` is called with who it was."""
+        ...
+
     def build(self, config: Config) -> Parts:
         """Parts of a run at its start."""
         ...
@@ -122,6 +134,9 @@ class SoloBuilder:
     team: Team = SOLO
     layout: tuple[int, ...] | None = None
 
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Nothing: there is no other rank to lose."""
+
     def build(self, config: Config) -> Parts:
         return build(config)
 
@@ -131,7 +146,7 @@ def assembled(
     config: Config,
     ranks: Ranks,
     cuts: Sequence[int] | None = None,
-    advice: str = "continue it with gtddp train --resume",
+    advice: str = "nothing was written yet: start the run again",
 ) -> Iterator[Builder]:
     """The ranks of a run, met, while the block runs.
 
@@ -145,19 +160,28 @@ def assembled(
         yield SoloBuilder()
         return
     try:
-        from .pipeline.parts import RankBuilder, met
+        from .pipeline.parts import met
     except ModuleNotFoundError as error:
         raise UserError(
             f"training on {ranks.world} ranks needs {error.name}, which is not installed: pip install "
             "'gtddp-dist[cluster]'"
         ) from error
-    with met(config, ranks, cuts, advice) as (grid, prepared):
-        yield RankBuilder(grid, prepared)
+    with met(config, ranks, cuts, advice) as builder:
+        yield builder
+
+
+def _continue(run: Path) -> str:
+    return f"continue it with: gtddp train --resume {run}"
 
 
 @contextlib.contextmanager
-def opened(team: Team, open_run: Callable[[], AbstractContextManager[RunDirectory]]) -> Iterator[RunDirectory]:
-    """A run directory that rank 0 opens, and holds the lock of, for all ranks."""
+def opened(
+    team: Team, open_run: Callable[[], AbstractContextManager[RunDirectory]], *, new: bool = False
+) -> Iterator[RunDirectory]:
+    """A run directory that rank 0 opens, and holds the lock of, for all ranks.
+
+    Raises UserError where not all of them see it; a `new` one is removed again then.
+    """
     with contextlib.ExitStack() as stack:
         path, problem = "", ""
         if team.rank == 0:
@@ -171,7 +195,37 @@ def opened(team: Team, open_run: Callable[[], AbstractContextManager[RunDirector
         own = Path(path)
         if team.rank == 0 and own.is_relative_to(Path.cwd()):
             own = own.relative_to(Path.cwd())
+        problem = unshared(team, own)
+        if problem:
+            if new and team.rank == 0:
+                shutil.rmtree(own)
+            raise UserError(problem) if team.rank == 0 else ToldElsewhere
         yield RunDirectory(own)
+
+
+def unshared(team: Team, path: Path) -> str:
+    """What is wrong where ranks do not all see one directory under this path; empty where they do."""
+    if team.world == 1:
+        return ""
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    hosts = [f"rank {rank} is on {name}" for rank, name in enumerate(team.gather_text(host))]
+    found = check_folder(path, team.rank, TeamMeeting(team), SHARED_WITHIN_S)
+    if found.status == "ok":
+        return ""
+    return (
+        f"the run directory is not shared by all ranks: {found.text} ({', '.join(hosts)}): give run.dir "
+        "on a file system that all hosts have"
+    )
+
+
+class TeamMeeting:
+    """How the ranks of a team exchange texts in a check of `gtddp doctor`."""
+
+    def __init__(self, team: Team) -> None:
+        self._team = team
+
+    def allgather(self, key: str, text: str, within_s: float | None = None) -> list[str]:
+        return self._team.gather_text(text)
 
 
 def evaluate_run(run_dir: Path) -> int:
@@ -207,7 +261,9 @@ def resume(config: Config, run: RunDirectory, stop: StopRequest, builder: Builde
     """`train` from the newest valid checkpoint of a run; from the start where no start has come to its first."""
     parts = builder.build(config)
     every = config.checkpoint.every or parts.order.steps_per_epoch
-    newest = newest_checkpoint(run, parts.team, parts.state.wanted, may_begin=last_step(run.path) < every)
+    had_one = any(isinstance(event, Ended) and event.code in (OK, REQUEUE) for event in read(run.path))
+    may_begin = not had_one and last_step(run.path) < every
+    newest = newest_checkpoint(run, parts.team, parts.state.wanted, may_begin=may_begin)
     if newest is None:
         tell(parts.team, f"begins {run.path}: {parts.total_steps} steps of {config.train.batch_size} samples")
         return train(parts, run, stop)

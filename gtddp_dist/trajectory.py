@@ -97,6 +97,8 @@ class Trajectory:
         assemble: live values at the last cut -> what the model's forward returns.
         first: whether cut 0 is the model's input; not so of a later segment.
         last: whether the last cut is the model's output.
+        only_training: the place at which the model's forward pass in evaluation mode is another than these stages run,
+            which were traced in training mode; empty where they serve for both.
     """
 
     stages: tuple[Stage, ...]
@@ -105,6 +107,7 @@ class Trajectory:
     assemble: Callable[[tuple[LiveValue, ...]], object] = field(repr=False)
     first: bool = True
     last: bool = True
+    only_training: str = ""
 
     @property
     def players(self) -> tuple[Player, ...]:
@@ -190,7 +193,7 @@ def from_stages(
         after = ("output",) if index == len(stages) - 1 else (f"z{index + 1}",)
         reads = [names[module] for module in stage.modules() if module in names]
         reads += [names_of[p] for p in (*stage.parameters(), *stage.buffers()) if p in names_of]
-        built.append(Stage(Player(index, found), before, after, _ModuleStage(stage), tuple(reads)))
+        built.append(Stage(Player(index, found), before, after, ModuleStage(stage), tuple(reads)))
     missing = [
         name
         for name, module in model.named_modules()
@@ -208,7 +211,9 @@ def from_stages(
     return Trajectory(tuple(built), without_feedback(model, seen), bind, assemble)
 
 
-class _ModuleStage:
+class ModuleStage:
+    """Runs a stage that was given as a module."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 

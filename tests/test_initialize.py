@@ -180,6 +180,8 @@ def test_what_initialize_and_its_engine_refuse(server: Server, tmp_path: Path) -
     said = json.loads((tmp_path / "refused.json").read_text())
     assert "the grid pipe=2,data=1 needs 2 ranks, but 1 was started" in said["ranks"]
     assert "cuts" in said["cuts"] and "7" in said["cuts"]
+    assert "depends on training mode at" in said["mode"] and "F.dropout(x, 0.1, training=self.training)" in said["mode"]
+    assert "own_model.py:" in said["mode"] and "nn.Dropout" in said["mode"]
     assert "a micro-batch of 3 inputs and 3 targets, initialize was told micro_batch=4" in said["batch"]
     assert "no checkpoint there can be used" in said["load"]
     assert math.isfinite(said["loss after"])

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gtddp_dist import checkpoint
 from gtddp_dist.errors import BAD_INPUT, FAILED, OK, REQUEUE
+from gtddp_dist.jobs import history
 
 STEPS = 12
 LOST_WITHIN_S = 60.0
@@ -174,6 +175,14 @@ def test_a_killed_rank_is_named_by_all_others_and_they_end(
         assert len(lines) == 1, said
         assert lines[0].startswith(f"gtddp: lost rank {rank} (segment {segment + 1} of {PIPE[grid]}: stage"), said
         assert lines[0].count("rank ") == 1, said
+        where = "run" if other.rank == 0 else lost.folder / "run"
+        assert lines[0].endswith(f". continue it with: gtddp train --resume {where}"), said
+    ends = [
+        event
+        for event in history.read(lost.folder / "run")
+        if isinstance(event, history.Ended) and event.code == FAILED
+    ]
+    assert ends[-1].reason.startswith(f"lost rank {rank} (segment {segment + 1} of {PIPE[grid]}: stage")
 
 
 def test_runs_with_a_killed_rank_go_on_to_the_bit(
@@ -252,7 +261,7 @@ def test_a_rank_that_is_stopped_is_lost_and_nothing_is_left_running(tmp_path: Pa
         assert process.returncode == FAILED, said
         assert "gtddp: lost rank 1 (segment 2 of 2: stage" in said
         assert "gave no sign of life for" in said
-        assert "continue it with gtddp train --resume" in said
+        assert "continue it with: gtddp train --resume run\n" in said
         assert not any(is_running(rank) for rank in ranks)
 
 

@@ -19,11 +19,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from gtddp_dist import checkpoint
+from gtddp_dist.chronicle import Chronicle
 from gtddp_dist.config import Config, load_config
 from gtddp_dist.errors import OK, REQUEUE, UserError
 from gtddp_dist.launch import StopRequest
 from gtddp_dist.parts import build
 from gtddp_dist.run_directory import new_run
+from gtddp_dist.run_folder import fill
+from gtddp_dist.team import SOLO
 from gtddp_dist.train import resume_training, run_training, train
 
 STEPS = 20
@@ -72,8 +75,9 @@ class StopAt(StopRequest):
 def train_until(config: Config, step: int) -> None:
     """Trains from the start and is asked to stop at a step."""
     parts = build(config)
-    with new_run(config, "digits") as run:
-        assert train(parts, run, StopAt(step, parts.state.progress)) == REQUEUE
+    stop = StopAt(step, parts.state.progress)
+    with new_run(config, "digits") as run, Chronicle(run.path, SOLO, stop) as chronicle:
+        assert chronicle.ends(train(parts, run, stop)) == REQUEUE
 
 
 def metrics(run_dir: str) -> list[dict[str, float]]:
@@ -251,6 +255,20 @@ def spoil_every_index(run: Path) -> None:
 def change_the_model(run: Path) -> None:
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("width: 4", "width: 8"))
+
+
+def test_a_start_that_died_before_its_first_checkpoint_is_begun_anew() -> None:
+    """`gtddp submit` makes the directory, and a job may be killed at any time."""
+    assert run_training(configure("unbroken"), "digits") == OK
+    prepared = Path("run")
+    prepared.mkdir()
+    fill(prepared, configure("run"))
+    (prepared / "metrics.jsonl").write_text('{"step": 1, "train/loss": 77.0}\n')  # of a start that was killed
+    unfinished = prepared / "checkpoints" / "step-00000000.unfinished"
+    unfinished.mkdir(parents=True)
+    assert resume_training(prepared) == OK
+    assert metrics("run") == metrics("unbroken")
+    assert_equal_runs("run", "unbroken")
 
 
 @pytest.mark.parametrize(

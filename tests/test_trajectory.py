@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from gtddp_dist import GTDDP, curvature
 from gtddp_dist.errors import ModelError, OptionError
 from gtddp_dist.models.torchvision_import import import_torchvision
+from gtddp_dist.pipeline.segment import Segment, check_modes
 from gtddp_dist.tracing import trace
-from gtddp_dist.trajectory import PlainParts, Trajectory
+from gtddp_dist.trajectory import PlainParts, Trajectory, from_stages
 
 
 def players(trajectory: Trajectory) -> list[list[str]]:
@@ -171,6 +172,103 @@ def test_an_untraceable_model_is_told_where_and_what_to_do() -> None:
     assert "module '1' (Dynamic)" in message
     assert "test_trajectory.py:" in message and "if x.sum() > 0" in message
     assert "plain_modules=['1']" in message and "GTDDP(model, stages=" in message
+
+
+class Block(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.norm, self.how = nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False), how
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.layer(x)) + torch.tensor(0.25) * torch.ones(4)
+        match self.how:
+            case "function":
+                x = F.dropout(x, training=self.training)
+            case "branch" if self.training:
+                x = self.norm(x)
+            case "evaluation" if not self.training:
+                x = 2 * x
+            case "untraceable in evaluation" if not self.training:
+                x = -x if x.sum() > 0 else x
+            case "module":
+                x = self.dropout(self.norm(x))
+            case "always":
+                x = F.dropout(x)
+        return x
+
+
+def in_block(how: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), Block(how), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [
+        ("function", "(x = F.dropout(x, training=self.training)) in module '1' (Block)"),
+        ("branch", "(x = self.norm(x)) in module '1.norm' (BatchNorm1d)"),
+        ("evaluation", "(x = 2 * x) in module '1' (Block)"),
+        ("untraceable in evaluation", "in evaluation mode torch.fx stopped in module '1' (Block) at "),
+        ("module", ""),
+        ("always", ""),
+    ],
+)
+def test_where_a_forward_pass_depends_on_training_mode(how: str, place: str) -> None:
+    model = in_block(how)
+    model[1].eval()
+    attributes = set(vars(model))
+    found = trace(model).only_training
+    assert (place in found and f"{__file__}:" in found) if place else found == ""
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert [modes[name] for name in ("", "0", "1", "1.norm")] == [True, True, False, False]
+    assert {name.rstrip("0123456789") for name in set(vars(model)) - attributes} <= {"_tensor_constant"}
+    again = len(vars(model))
+    trace(model)
+    assert len(vars(model)) <= again + 1  # no more than the constant that the stages read
+
+
+@pytest.mark.parametrize("rollout", ["linear", "nonlinear"])
+def test_one_process_evaluates_a_model_that_depends_on_training_mode(rollout: str) -> None:
+    """It runs the model's own forward pass; but the nonlinear rollout cannot have a part of it in evaluation mode."""
+    model, x = in_block("function"), torch.randn(6, 3)
+    expected = model.eval()(x)
+    GTDDP(model, curvature.SGD(lr=0.1), rollout=rollout)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    model.train()
+    assert not torch.allclose(model(x), expected)
+    model[1].eval()
+    if rollout == "linear":
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    else:
+        with pytest.raises(ModelError, match=r"depends on training mode at .*F\.dropout"):
+            model(x)
+
+
+class Wrapped(nn.Module):
+    """A stage that is none of the model's modules."""
+
+    def __init__(self, *inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList(inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.inner:
+            x = module(x)
+        return F.dropout(x, training=self.training)
+
+
+def test_a_segment_tells_stages_by_hand_its_mode() -> None:
+    """And refuses a trace that holds in training mode alone."""
+    model, x = in_block("module"), torch.randn(6, 3)
+    stages = [Wrapped(model[0]), Wrapped(model[1]), model[2]]
+    expected = model.eval()(x)
+    segment = Segment(model, from_stages(model, stages), (), 0)
+    torch.testing.assert_close(segment.eval()(x), expected)
+    assert not torch.allclose(segment.train()(x), segment(x))
+    check_modes(segment.trajectory)
+    with pytest.raises(ModelError, match="ranks run what was traced in training mode"):
+        check_modes(trace(in_block("function")))
 
 
 @pytest.mark.parametrize("rollout", ["linear", "nonlinear"])

@@ -10,6 +10,7 @@ The first two return at once. A job trains `gtddp train --resume RUN` (`gtddp_di
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 import shlex
 import shutil
@@ -190,7 +191,8 @@ def _slurm(packs: Sequence[Sequence[Prepared]], config: Config, folder: Path, na
             teardown=teardown_lines(),
             array_parallelism=config.launch.max_parallel or len(packs),
         )
-        with executor.batch():
+        # submitit repeats on stderr what is said below.
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():
             jobs = [executor.submit(run_task, *(str(run.path) for run in pack)) for pack in packs]
     except (FailedJobError, FailedSubmissionError) as error:
         words = [line.removeprefix("sbatch: error: ") for line in str(error).splitlines() if line.strip()]

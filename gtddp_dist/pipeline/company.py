@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -69,6 +69,7 @@ class Company:
         self._place, self._facts, self._problem = place, facts, problem
         self._advice, self._lost_after_s = advice, lost_after_s
         self._stack = ExitStack()
+        self._heartbeats: Heartbeats | None = None
 
     def __enter__(self) -> Grid:
         place = self._place
@@ -85,7 +86,7 @@ class Company:
             _raise_together(place.ranks, rendezvous.allgather("preparing the run", self._problem))
             rendezvous.agree(self._facts)
             if place.ranks.world > 1:
-                stack.enter_context(
+                self._heartbeats = stack.enter_context(
                     Heartbeats(
                         dist.PrefixStore("alive", rendezvous.store),
                         place.ranks.rank,
@@ -107,6 +108,11 @@ class Company:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Once a rank is lost, from now on: `advice` says what to do, and `note` is called with who it was."""
+        if self._heartbeats is not None:
+            self._heartbeats.prepare_for_loss(advice, note)
 
     def close(self) -> None:
         """Leave the others, when all is well."""

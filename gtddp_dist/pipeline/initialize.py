@@ -28,6 +28,7 @@ from .company import Company, Place, company
 from .costs import balanced_cuts, check_cuts, count_stages
 from .grid import Backend, Grid, Shape
 from .order import StepShape, rank_orders, step_shape
+from .segment import check_modes
 from .worker import LossFunction, Outcome, Worker
 
 NewOptimizer = Callable[[nn.Module], Optimizer]
@@ -76,6 +77,7 @@ class Engine:
     ) -> None:
         from .engine import PartitionedModel, new_engine, quiet  # deepspeed takes a second to import
 
+        check_modes(trajectory)
         check_cuts(cuts, grid.shape.pipe, len(trajectory.stages))
         with quiet():
             partitioned = PartitionedModel(model, trajectory, cuts, grid)
@@ -275,7 +277,8 @@ def initialize(
         lost_after_s: seconds without a sign of life after which a rank is taken for lost.
 
     Raises:
-        UserError: not pipe x data ranks, more ranks than stages, cuts that do not exist, ranks that disagree.
+        UserError: not pipe x data ranks, more ranks than stages, cuts that do not exist, ranks that disagree, a forward
+            pass that depends on training mode other than through modules.
     """
     shape = Shape(pipe, data)
     ranks = discover() or alone()
@@ -292,6 +295,7 @@ def initialize(
         if stages is None
         else from_stages(model, stages(model), plain_modules, plain_parameters)
     )
+    check_modes(trajectory)
     if cuts is None:
         cuts = balanced_cuts(count_stages(trajectory, sample[:micro_batch]), pipe)
     check_cuts(cuts, pipe, len(trajectory.stages))

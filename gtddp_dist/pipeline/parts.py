@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -32,11 +32,12 @@ from ..tracing import trace
 from ..training_state import Progress, TrainingState
 from ..training_step import Precision, StepResult
 from ..trajectory import Trajectory
-from .company import Place, company
+from .company import Company, Place, company
 from .costs import balanced_cuts, check_cuts
 from .grid import Grid, Shape
 from .initialize import Engine
 from .plan import describe, stage_costs
+from .segment import check_modes
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     precision = Precision(config.train.dtype, torch.device("cpu"))
     model = build_model(config, data, precision)
     trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
+    check_modes(trajectory)
     pipe = config.parallel.pipe
     chosen = config.parallel.cuts if cuts is None else cuts
     if chosen is None:
@@ -78,8 +80,8 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
 
 
 @contextmanager
-def met(config: Config, ranks: Ranks, cuts: Sequence[int] | None, advice: str) -> Iterator[tuple[Grid, Prepared]]:
-    """The grid of a run's ranks while the block runs, and what this rank has prepared."""
+def met(config: Config, ranks: Ranks, cuts: Sequence[int] | None, advice: str) -> Iterator[RankBuilder]:
+    """The ranks of a run while the block runs, once all are there and agree."""
     shape = Shape(config.parallel.pipe, config.parallel.data)
     problem, prepared = "", None
     try:
@@ -101,17 +103,21 @@ def met(config: Config, ranks: Ranks, cuts: Sequence[int] | None, advice: str) -
     together = company(place, facts, problem=problem, advice=advice, lost_after_s=config.parallel.lost_after_s)
     with together as grid:
         assert prepared is not None
-        yield grid, prepared
+        yield RankBuilder(together, grid, prepared)
 
 
 class RankBuilder:
     """Builds the parts of runs on a grid: the first from what was prepared to meet, later ones anew."""
 
-    def __init__(self, grid: Grid, prepared: Prepared) -> None:
+    def __init__(self, together: Company, grid: Grid, prepared: Prepared) -> None:
         self.team: Team = grid
         self.layout: tuple[int, ...] | None = prepared.cuts
-        self._grid = grid
+        self._together, self._grid = together, grid
         self._prepared: Prepared | None = prepared
+
+    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
+        """Once a rank is lost, from now on: `advice` says what to do, and `note` is called with who it was."""
+        self._together.prepare_for_loss(advice, note)
 
     def build(self, config: Config) -> Parts:
         """Parts of a run at its start."""

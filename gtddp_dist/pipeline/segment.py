@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..trajectory import LiveValue, Stage, Traced, Trajectory
+from ..trajectory import LiveValue, ModuleStage, Stage, Traced, Trajectory
 
 
 class Segment(Traced):
@@ -61,6 +61,14 @@ class Segment(Traced):
             values = stage.run(values)
         return self.trajectory.assemble(values)
 
+    def train(self, mode: bool = True) -> Segment:
+        """As nn.Module's; also of modules that were given as stages and are none of the model's."""
+        super().train(mode)
+        for stage in self.trajectory.stages:
+            if isinstance(stage.run, ModuleStage):
+                stage.run.module.train(mode)
+        return self
+
     def _adopt(self, model: nn.Module, name: str) -> None:
         """Hold a module, parameter or buffer of the model under its own name."""
         path, _, leaf = name.rpartition(".")
@@ -78,6 +86,20 @@ class Segment(Traced):
             home.register_parameter(leaf, owner._parameters[leaf])
         elif leaf in owner._buffers:
             home.register_buffer(leaf, owner._buffers[leaf], leaf not in owner._non_persistent_buffers_set)
+
+
+def check_modes(trajectory: Trajectory) -> None:
+    """Refuses stages that would be wrong in evaluation mode: a segment runs its stages in both.
+
+    Raises:
+        ModelError: names the place.
+    """
+    if trajectory.only_training:
+        raise ModelError(
+            f"the forward pass depends on training mode at {trajectory.only_training}: ranks run what was traced in "
+            "training mode, and would evaluate wrongly. Use a module that knows its mode by itself (nn.Dropout in "
+            "place of F.dropout(x, training=self.training)), or take the module around it as it is (plain_modules)"
+        )
 
 
 def _as_they_are(*live: LiveValue) -> tuple[LiveValue, ...]:

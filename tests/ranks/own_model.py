@@ -67,6 +67,13 @@ def new_model() -> nn.Module:
     return Own().double()
 
 
+class Forgetful(Own):
+    """Its dropout is none of its modules."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.dropout(x, 0.1, training=self.training))
+
+
 def new_optimizer(model: nn.Module) -> GTDDP:
     return GTDDP(model, curvature.Adam(lr=0.01, eps=1e-3), scope="micro_batch", gauss_newton_weight=0.1)
 
@@ -90,9 +97,11 @@ def batches(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:
         yield from own_chunks(engine, step)
 
 
-def new_engine(order: Order, cuts: Sequence[int] | None = None) -> Engine:
+def new_engine(
+    order: Order, cuts: Sequence[int] | None = None, model_fn: Callable[[], nn.Module] = new_model
+) -> Engine:
     return gtddp_dist.initialize(
-        new_model,
+        model_fn,
         optimizer=new_optimizer,
         micro_batch=MICRO_BATCH,
         n_micro=CHUNKS // order["data"],
@@ -160,6 +169,7 @@ def refused(ranks: Ranks, arguments: Mapping[str, object]) -> None:
     one: Order = {"pipe": 1, "data": 1}
     ask("ranks", lambda: new_engine({"pipe": 2, "data": 1}))
     ask("cuts", lambda: new_engine(one, cuts=[7]))
+    ask("mode", lambda: new_engine(one, model_fn=lambda: Forgetful().double()))
     with new_engine(one) as engine:
         short = [(x[:3], y[:3]) for x, y in own_chunks(engine, 0)]
         ask("batch", lambda: engine.train_batch(iter(short)))
