@@ -4,51 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from stand_ins import Cluster
 
 from gtddp_dist.errors import UserError
 from gtddp_dist.jobs import scheduler
 from gtddp_dist.jobs.scheduler import JobState, Scheduler
 
 ME = os.getuid()
-
-
-class Cluster:
-    """What squeue and sacct print, and how often they were called."""
-
-    def __init__(self, folder: Path) -> None:
-        self.bin = folder / "bin"
-        self.bin.mkdir()
-        # Nothing else of this machine's: a real Slurm may be installed.
-        for tool in ("cat", "env", "grep", "sleep"):
-            (self.bin / tool).symlink_to(str(shutil.which(tool)))
-        self._folder = folder
-        self.squeue("")
-
-    def squeue(self, prints: str, code: int = 0, error: str = "") -> None:
-        self._program("squeue", prints, code, error)
-
-    def sacct(self, prints: str, code: int = 0, error: str = "") -> None:
-        self._program("sacct", prints, code, error)
-
-    def calls(self, program: str) -> list[str]:
-        """Arguments of each call."""
-        log = self._folder / f"{program}.log"
-        return log.read_text().splitlines() if log.exists() else []
-
-    def _program(self, name: str, prints: str, code: int, error: str) -> None:
-        (self._folder / f"{name}.out").write_text(prints)
-        (self._folder / f"{name}.err").write_text(error)
-        script = self.bin / name
-        script.write_text(
-            f'#!/bin/sh\necho "$@" >> {self._folder}/{name}.log\nenv | grep ^SQUEUE_ >> {self._folder}/env.log\n'
-            f"cat {self._folder}/{name}.out\ncat {self._folder}/{name}.err >&2\nexit {code}\n"
-        )
-        script.chmod(0o755)
 
 
 @pytest.fixture
@@ -96,8 +63,11 @@ def test_other_processes_are_served_from_one_answer(cluster: Cluster) -> None:
 
 def test_a_question_that_the_answer_does_not_cover_waits(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr(scheduler.time, "time", lambda: now[0])
-    monkeypatch.setattr(scheduler.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(time=lambda: now[0], sleep=sleep))
     cluster.squeue(QUEUE)
     asker = Scheduler(interval_s=5)
     asker.states(["15"], [ME])

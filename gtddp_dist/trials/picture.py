@@ -12,6 +12,7 @@ from .spec import SweepSpec
 
 RATE = "optimizer.lr"
 _MARKERS = "osD^vPX*"
+_TICKS = 10  # of fewer values each has its tick
 
 
 def plot_sweep(path: Path, results: Sequence[Result], spec: SweepSpec, keys: Sequence[str], title: str) -> bool:
@@ -41,7 +42,8 @@ def plot_sweep(path: Path, results: Sequence[Result], spec: SweepSpec, keys: Seq
     axes = figure.subplots()
     others = [key for key in keys if key not in (axis, "train.seed")]
     seeds = "train.seed" in keys
-    for number, label in enumerate(dict.fromkeys(sorted(result.trial.label for result in results))):
+    labels = dict.fromkeys(result.trial.label for result in sorted(results, key=lambda result: result.trial.name))
+    for number, label in enumerate(labels):
         members = [result for result in results if result.trial.label == label]
         color, marker = f"C{number % 10}", _MARKERS[number % len(_MARKERS)]
         curve = _curve(members, spec, axis, others)
@@ -64,12 +66,15 @@ def plot_sweep(path: Path, results: Sequence[Result], spec: SweepSpec, keys: Seq
             # At one height for each label, above the axis: where they would lie nobody knows.
             height = [0.02 + 0.03 * number] * len(failed)
             axes.plot(failed, height, "x", color=color, transform=axes.get_xaxis_transform(), label=f"{label}: failed")
-    rates = [result.value(axis) for result in results]
-    if min(rates) > 0 and max(rates) / min(rates) > 5:
+    rates = sorted({result.value(axis) for result in results})
+    if rates[0] > 0 and rates[-1] / rates[0] > 5:
         axes.set_xscale("log")
+    if len(rates) <= _TICKS:
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        axes.set_xticks([], minor=True)
     if "accuracy" in spec.metric:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    elif spec.more_is_better is False and axes.get_ylim()[0] > 0 and axes.get_ylim()[1] / axes.get_ylim()[0] > 20:
+    elif not spec.more_is_better and axes.get_ylim()[0] > 0 and axes.get_ylim()[1] / axes.get_ylim()[0] > 20:
         axes.set_yscale("log")
     note = "mean, lowest and highest of the seeds" if seeds else "one seed"
     if others:
