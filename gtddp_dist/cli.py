@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__, config_docs, errors
 from .config import Config, load_config, shipped_configs
-from .launch import discover, local
+from .launch import discover, local, told_once
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _resume(arguments.resume, words, check_only=arguments.check)
         return _train(words, check_only=arguments.check)
     except errors.UserError as error:
-        if str(error):
+        if arguments.command in ("train", "bench"):
+            error = told_once(error)
+        if not isinstance(error, errors.ToldElsewhere):
             print(f"gtddp: error: {error}", file=sys.stderr)
         return error.exit_code
 
