@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__, cli_jobs, config_docs, errors
 from .config import Config, load_config, shipped_configs
-from .launch import discover, local, stop_signals_held
+from .launch import discover, local, stop_signals_held, told_once
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -50,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _resume(arguments.resume, arguments, words)
         return _train(arguments, words)
     except errors.UserError as error:
-        if str(error):
+        if arguments.command in ("train", "bench"):
+            error = told_once(error)
+        if not isinstance(error, errors.ToldElsewhere):
             print(f"gtddp: error: {error}", file=sys.stderr)
         return error.exit_code
 
