@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import from_yaml
 from ..errors import BAD_INPUT, FAILED, OK, REQUEUE, UserError
-from .history import Decided, Ended, Event, Started, Submitted, last_step, read, record, since_submission
+from .history import Decided, Ended, Event, Started, last_end, last_step, read, record, since_submission
 
 SCONTROL_TIMEOUT_S = 60.0
 _REQUEUE_SIGNAL = "SIGUSR2"
@@ -108,13 +108,13 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         config = from_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         step = last_step(run)
         decision = decide(events, exit_code, step, config.launch.max_restarts)
-        code = _code_of(events, exit_code)
+        ended = last_end(events)
         record(
             run,
             Decided(
                 job=job.number,
                 restart=job.restart,
-                code=code,
+                code=exit_code if ended is None else ended.code,
                 step=step,
                 requeued=decision.requeue,
                 reason=decision.reason,
@@ -135,15 +135,6 @@ def is_settled(events: Sequence[Event]) -> bool:
     """Whether the run needs no further start: since its submission it was decided not to put it back."""
     decided = [event for event in since_submission(events) if isinstance(event, Decided)]
     return bool(decided) and not decided[-1].requeued
-
-
-def _code_of(events: Sequence[Event], exit_code: int) -> int:
-    for event in reversed(events):
-        if isinstance(event, Ended):
-            return event.code
-        if isinstance(event, Started | Decided | Submitted):
-            break
-    return exit_code
 
 
 def _because(ended: Ended | None) -> str:
