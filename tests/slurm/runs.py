@@ -134,6 +134,10 @@ class Run:
         """Whether the job was put back, each time that its script decided."""
         return [event.requeued for event in self.history() if isinstance(event, Decided)]
 
+    def reasons(self) -> list[str]:
+        """Why, each time."""
+        return [event.reason for event in self.history() if isinstance(event, Decided)]
+
     def scalars(self, tag: str) -> list[tuple[int, float]]:
         """A curve as TensorBoard shows it."""
         reader = EventAccumulator(str(self.path / "tb"), size_guidance={"scalars": 0}).Reload()
