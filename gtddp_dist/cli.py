@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, config_docs, errors
+from . import __version__, cli_jobs, config_docs, errors
 from .config import Config, load_config, shipped_configs
-from .launch import discover, local, stop_signals_held
+from .launch import discover, local, stop_signals_held, told_once
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -44,11 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from .jobs.requeue import requeue
 
                 return requeue(arguments.runs, arguments.exit_code)
+            case "sweep" | "status" | "tensorboard":
+                return cli_jobs.run(arguments, words)
         if arguments.resume is not None:
             return _resume(arguments.resume, arguments, words)
         return _train(arguments, words)
     except errors.UserError as error:
-        if str(error):
+        if arguments.command in ("train", "bench"):
+            error = told_once(error)
+        if not isinstance(error, errors.ToldElsewhere):
             print(f"gtddp: error: {error}", file=sys.stderr)
         return error.exit_code
 
@@ -178,6 +182,9 @@ def _summary(config: Config) -> str:
     return f"{config.optimizer.name} trains {config.model.name} on {config.data.name} for {length}"
 
 
+_TAKE_WORDS = ("train", "plan", "bench", "submit", "sweep", "status", "tensorboard")
+
+
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Arguments, and the words that are no flags: the config and its overrides, in order."""
     parser = _parser()
@@ -185,7 +192,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     arguments.argv = list(sys.argv[1:] if argv is None else argv)  # for the ranks that are started with the same
     # argparse fills a positional of many words from one run of them; words after a flag end up in `rest`.
     flags = [word for word in rest if word.startswith("-")]
-    if flags or (rest and arguments.command not in ("train", "plan", "bench", "submit")):
+    if flags or (rest and arguments.command not in _TAKE_WORDS):
         parser.error(f"unrecognized arguments: {' '.join(flags or rest)}")
     return arguments, [*getattr(arguments, "words", []), *rest]
 
@@ -282,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--list", action="store_true", help="scaling: print the grids, one a line, and measure nothing")
     bench.add_argument("--join", type=Path, metavar="DIR", help="scaling: join the figures that --grid left in DIR")
     _add_jobs(commands)
+    cli_jobs.add_commands(commands, _EXIT_CODES)
     return parser
 
 

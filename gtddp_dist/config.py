@@ -38,6 +38,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "Draft",
     "EvalConfig",
     "LogConfig",
     "ModelConfig",
@@ -46,6 +47,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",
+    "draft",
     "from_yaml",
     "load_config",
     "shipped_configs",
@@ -63,23 +65,74 @@ class _Setting:
     origin: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """Settings by dotted key, with where each was given, that are not validated yet; `build` does it."""
+
+    _settings: Mapping[str, _Setting] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    """Problems found so far: keys that the schema does not have, words that are no key=value."""
+
+    def over(self, values: Mapping[str, strict_yaml.Value], origins: Mapping[str, str]) -> Draft:
+        """The same with these values over it; `origins` says in messages where each of them was given."""
+        settings, problems = dict(self._settings), list(self.unread)
+        for key, value in values.items():
+            if key in _keys():
+                settings[key] = _Setting(value, origins[key])
+            else:
+                problems.append(_unknown(key, origins[key], in_file=False))
+        return Draft(settings, tuple(problems))
+
+    def overridden(self, overrides: Sequence[str]) -> Draft:
+        """The same with `key=value` of the command line over it; of two of one key the later counts."""
+        settings, problems = dict(self._settings), list(self.unread)
+        for override in overrides:
+            _apply_override(override, settings, problems)
+        return Draft(settings, tuple(problems))
+
+    def values(self) -> dict[str, strict_yaml.Value]:
+        """What was given, by dotted key."""
+        return {key: setting.value for key, setting in self._settings.items()}
+
+    def problems(self) -> list[str]:
+        """What `build` would find, one message a problem; nothing for a valid configuration."""
+        found = list(self.unread)
+        _build(self._settings, found)
+        return found
+
+    def build(self) -> Config:
+        """The configuration. Raises ConfigError with all problems."""
+        problems = list(self.unread)
+        config = _build(self._settings, problems)
+        if config is None:
+            count = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration:\n  "
+            raise ConfigError(count + "\n  ".join(problems))
+        return config
+
+
+def draft(name_or_path: str) -> Draft:
+    """The settings of a shipped config (by name) or a YAML file (by path). Raises ConfigError where it cannot be read.
+
+    For who wants many configurations of one file; for one there is `load_config`.
+    """
+    text, source = _read(name_or_path)
+    settings, problems = _settings_of_file(text, source)
+    return Draft(settings, tuple(problems))
+
+
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a shipped config (by name) or a YAML file (by path), with `key=value` overrides.
 
     A value is read as YAML; of two overrides of one key the later counts. Raises ConfigError with all
     problems it finds: unknown key, wrong type, out of range, options that exclude each other, no such file.
     """
-    text, source = _read(name_or_path)
-    settings, problems = _settings_of_file(text, source)
-    for override in overrides:
-        _apply_override(override, settings, problems)
-    return _build(settings, problems)
+    return draft(name_or_path).overridden(overrides).build()
 
 
 def from_yaml(text: str, source: str = "YAML text") -> Config:
     """The configuration that `to_yaml` wrote; `source` names the text in messages. Raises ConfigError."""
     settings, problems = _settings_of_file(text, source)
-    return _build(settings, problems)
+    return Draft(settings, tuple(problems)).build()
 
 
 def to_yaml(config: Config) -> str:
@@ -165,8 +218,8 @@ def _apply_override(override: str, settings: dict[str, _Setting], problems: list
             problems.append(f"{key} ({_COMMAND_LINE}): {error.message}; text with special characters needs quotes")
 
 
-def _build(settings: Mapping[str, _Setting], problems: list[str]) -> Config:
-    """The validated configuration; raises ConfigError with `problems` and all that validation finds."""
+def _build(settings: Mapping[str, _Setting], problems: list[str]) -> Config | None:
+    """The validated configuration; None where there are problems, and those that validation finds join them."""
     groups = {}
     for group, cls in GROUPS.items():
         values = {
@@ -181,8 +234,7 @@ def _build(settings: Mapping[str, _Setting], problems: list[str]) -> Config:
             return Config(**groups)
         except ValidationError as error:
             problems.extend(_consistency_messages(error, settings))
-    count = "" if len(problems) == 1 else f"{len(problems)} problems in the configuration:\n  "
-    raise ConfigError(count + "\n  ".join(problems))
+    return None
 
 
 def _field_problems(group: str, error: ValidationError, settings: Mapping[str, _Setting]) -> Iterable[str]:

@@ -44,7 +44,7 @@ def test_contents(wheel: Path) -> None:
 
     expected = {
         f"gtddp_dist/{path.relative_to(CHECKOUT).as_posix()}"
-        for folder, pattern in (("launch", "**/*.py"), ("configs", "*.yaml"))
+        for folder, pattern in (("launch", "**/*.py"), ("configs", "**/*.yaml"))
         for path in (CHECKOUT / folder).glob(pattern)
     } | {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "gtddp_dist").glob("**/*.py")}
     assert "gtddp_dist/launch/__init__.py" in expected and "gtddp_dist/configs/digits.yaml" in expected

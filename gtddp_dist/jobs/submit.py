@@ -272,7 +272,11 @@ def outcome(events: Sequence[Event], executor: str) -> int | None:
 def is_alive(job: str, executor: str) -> bool:
     """Whether a job waits or runs."""
     if executor != "slurm":  # submitit's controller, a process of this host
-        return Path(f"/proc/{job}").exists()
+        try:
+            state = Path(f"/proc/{job}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        return state != "Z"  # one that this process has started, and has not been told the end of
     done = subprocess.run(
         ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
         capture_output=True,

@@ -19,7 +19,7 @@ from .. import __version__
 from ..checkpoint import CheckpointError, newest_agreed, set_aside
 from ..checkpoint_writer import Writer
 from ..errors import UserError
-from ..launch import alone, discover
+from ..launch import alone, discover, told_once
 from ..optimizer import GTDDP
 from ..tracing import Projection, trace
 from ..training_state import Progress, TrainingState, attempt_name
@@ -278,27 +278,33 @@ def initialize(
 
     Raises:
         UserError: not pipe x data ranks, more ranks than stages, cuts that do not exist, ranks that disagree, a forward
-            pass that depends on training mode other than through modules.
+            pass that depends on training mode other than through modules. It says so on rank 0; the others raise its
+            subclass ToldElsewhere.
     """
     shape = Shape(pipe, data)
     ranks = discover() or alone()
     if ranks.world != shape.world:
-        raise UserError(
-            f"initialize: the grid {shape} needs {shape.world} ranks, but {ranks.world} "
-            f"{'was' if ranks.world == 1 else 'were'} started ({ranks.started_by}); start the program with torchrun "
-            f"--nproc-per-node={shape.world}, mpirun -n {shape.world} or srun --ntasks={shape.world}"
+        raise told_once(
+            UserError(
+                f"initialize: the grid {shape} needs {shape.world} ranks, but {ranks.world} "
+                f"{'was' if ranks.world == 1 else 'were'} started ({ranks.started_by}); start the program with "
+                f"torchrun --nproc-per-node={shape.world}, mpirun -n {shape.world} or srun --ntasks={shape.world}"
+            )
         )
     torch.manual_seed(seed)
     model = model_fn()
-    trajectory = (
-        trace(model, plain_modules, plain_parameters, projection)
-        if stages is None
-        else from_stages(model, stages(model), plain_modules, plain_parameters)
-    )
-    check_modes(trajectory)
-    if cuts is None:
-        cuts = balanced_cuts(count_stages(trajectory, sample[:micro_batch]), pipe)
-    check_cuts(cuts, pipe, len(trajectory.stages))
+    try:
+        trajectory = (
+            trace(model, plain_modules, plain_parameters, projection)
+            if stages is None
+            else from_stages(model, stages(model), plain_modules, plain_parameters)
+        )
+        check_modes(trajectory)
+        if cuts is None:
+            cuts = balanced_cuts(count_stages(trajectory, sample[:micro_batch]), pipe)
+        check_cuts(cuts, pipe, len(trajectory.stages))
+    except UserError as error:
+        raise told_once(error) from error
     place = Place(ranks, shape, tuple(cuts), len(trajectory.stages), torch.device(device) if device else None, backend)
     facts = {"gtddp-dist": __version__, "torch": torch.__version__, "grid": str(shape), "cuts": json.dumps(list(cuts))}
     joined = company(place, facts, lost_after_s=lost_after_s)
