@@ -295,8 +295,8 @@ start() {
     if [ -e "$ROOT/knobs" ] && [ "$(cat "$ROOT/knobs")" != "$(knobs)" ] && box_pid head >/dev/null; then
         die "it runs with other settings ($(cat "$ROOT/knobs")): stop it first"
     fi
-    trap 'give_up' EXIT
     if ! box_pid head >/dev/null; then
+        trap give_up EXIT # else it was running, and what is left of it stays
         stop_boxes # nodes without their controller
         stop_network
         clean
@@ -328,7 +328,7 @@ start() {
     echo "$NODES nodes are up. In this shell: eval \"\$($0 env)\""
 }
 
-# The end of a start that failed.
+# The end of a first start that failed.
 give_up() {
     local log
     for log in "$ROOT"/log/*.log; do

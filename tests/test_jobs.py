@@ -324,6 +324,13 @@ def test_requeue_puts_a_job_back_until_its_restarts_are_used_up(
     assert isinstance(last, Decided) and not last.requeued and last.step == 3 and last.code == 137
 
 
+def test_a_signal_to_a_run_that_is_done_does_not_fail_its_job(slurm: Path, run: Path) -> None:
+    record(run, started())
+    record(run, ended(0, 7))
+    assert cli.main(["requeue", "a", "--exit-code=140"]) == 0  # SIGUSR2 while Python was ending
+    assert calls(slurm) == []
+
+
 def test_one_task_of_an_array_is_put_back(slurm: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The last task that starts has the number of the array as its own.
     for name, value in (("SLURM_ARRAY_JOB_ID", "41"), ("SLURM_ARRAY_TASK_ID", "3")):

@@ -101,6 +101,7 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         _say(f"job {job.number} has been started {restarts - job.restart} more times since: left alone")
         return exit_code
     back = False
+    codes: list[int] = []
     for run in runs:
         events = read(run)
         if is_settled(events):
@@ -122,8 +123,10 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         )
         _say(f"{run}: {decision.reason}: {'put back into the queue' if decision.requeue else 'not put back'}")
         back |= decision.requeue
+        codes.append(code)
     if not back:
-        return exit_code
+        # A signal may come to processes that are done and about to end: then srun has another code than the runs.
+        return OK if codes and all(code == OK for code in codes) else exit_code
     done = _scontrol("requeue", job.number)
     if done.returncode != 0:
         _say(f"scontrol requeue {job.number} failed: {done.stderr.strip()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -138,8 +139,7 @@ class RankParts(Parts):
 
     def validate(self) -> dict[str, float]:
         grid, data, size = self._engine.grid, self.data, self.config.eval.batch_size
-        batches = list(zip(data.validation_images.split(size), data.validation_labels.split(size), strict=True))
-        mine = batches[grid.replica :: grid.shape.data]
+        mine = itertools.islice(data.validation_batches(size), grid.replica, None, grid.shape.data)
         measured = self._engine.evaluate((network_input(x, self.precision.dtype), y) for x, y in mine)
         return {f"val/{name}": value for name, value in measured.items()}
 
