@@ -303,7 +303,7 @@ class LaunchConfig:
     max_restarts: NonNegativeInt = 3
     """How often a job is put back after failures. Time limits and preemptions do not count."""
     max_parallel: PositiveInt | None = None
-    """sweep: jobs that run at once; null: no limit of its own."""
+    """sweep: jobs that run at once; null: as many as the cluster lets run; local: one."""
     pack: PositiveInt = 1
     """sweep: trials that share one job, and run in it at the same time."""
     setup: TextList = ()

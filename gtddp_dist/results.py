@@ -80,7 +80,7 @@ def where_things_are(config: Config, run: RunDirectory) -> str:
     """The files of a run that has ended, and how to look at its curves in a browser."""
     lines = [("run directory", str(run.path)), ("model", str(run.model_file)), ("curves", str(run.curves))]
     if config.log.tensorboard:
-        lines.append(("TensorBoard", f"tensorboard --logdir {run.path}"))
+        lines.append(("TensorBoard", f"gtddp tensorboard {run.path}"))
     return "\n" + "\n".join(f"{name:<15}{what}" for name, what in lines)
 
 

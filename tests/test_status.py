@@ -282,8 +282,19 @@ def test_watch_goes_on_until_all_have_ended(
 
 def test_a_short_terminal_shows_what_needs_attention() -> None:
     def one(run: str, state: str) -> RunStatus:
-        figures = {"step": None, "total": None, "loss": None, "accuracy": None, "throughput": None}
-        return RunStatus(run=run, job=None, state=state, nodes="", restarts=0, reason="", **figures)  # type: ignore[arg-type]
+        return RunStatus(
+            run=run,
+            job=None,
+            state=state,
+            nodes="",
+            step=None,
+            total=None,
+            loss=None,
+            accuracy=None,
+            throughput=None,
+            restarts=0,
+            reason="",
+        )
 
     states = ["done"] * 20 + ["running", "pending", "failed"] + ["done"] * 20
     text = table([one(f"run{at}", state) for at, state in enumerate(states)], rows=3)
@@ -298,7 +309,7 @@ def test_a_thousand_trials(tmp_path: Path, cluster: Cluster) -> None:
         job = Submitted(job=f"12_{number}", executor="slurm")
         make_run(tmp_path / "sweep" / "trials" / f"{number:04d}", job, STARTED, metrics=metrics)
     cluster.squeue("".join(f"12_{number}|{13 + number}|RUNNING|None|node0\n" for number in range(1000)))
-    times = []
+    times: list[float] = []
     for _ in range(3):
         start = time.perf_counter()
         found, _ = survey(find_runs([tmp_path / "sweep"]), Scheduler(tmp_path / f"cache{len(times)}"))

@@ -143,7 +143,7 @@ def test_a_run_writes_all_that_it_promises(monkeypatch: pytest.MonkeyPatch, caps
     assert run.curves.read_bytes().startswith(b"\x89PNG")
 
     printed = capsys.readouterr().out
-    for expected in ("run: gtddp-sgd, small-resnet, digits, 7 steps", "run/curves.png", "tensorboard --logdir run"):
+    for expected in ("run: gtddp-sgd, small-resnet, digits, 7 steps", "run/curves.png", "gtddp tensorboard run"):
         assert expected in printed
 
 

@@ -69,8 +69,9 @@ def read_facts(run: Path) -> Facts:
     tail = newest_values(run / "metrics.jsonl", ("step", "epoch", "train/loss", "val/accuracy", "throughput"))
     submitted = next((event for event in reversed(events) if isinstance(event, Submitted)), None)
     starts = [event for event in events if isinstance(event, Started)]
-    by_script = starts[-1].job if starts and submitted is None else None
-    executor = "slurm" if by_script else submitted and submitted.executor
+    executor, job = (None, None) if submitted is None else (submitted.executor, submitted.job)
+    if submitted is None and starts and starts[-1].job is not None:
+        executor, job = "slurm", starts[-1].job  # by a script of the user's own
     step = tail.get("step")
     return Facts(
         run=run,
@@ -78,7 +79,7 @@ def read_facts(run: Path) -> Facts:
         phase=phase,
         settled=phase in ("new", "done") or outcome(events, executor or "") is not None,
         executor=executor,
-        job=by_script or (submitted and submitted.job),
+        job=job,
         hosts=starts[-1].hosts if starts else [],
         step=None if step is None else int(step),
         total=_total(config, tail),

@@ -6,7 +6,7 @@ A key of a configuration stands in it as on the command line, with its dot: `opt
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
@@ -79,6 +79,8 @@ class SweepFile:
     """Where each part was given, by its dotted path in the file, for messages."""
 
 
+# Its values are not typed before it has seen them.
+_validated: Callable[..., SweepSpec] = SweepSpec
 KINDS = ("uniform", "log_uniform", "int")
 _KEYS = tuple(item.name for item in dataclasses.fields(SweepSpec))
 
@@ -136,7 +138,7 @@ def parse_sweep(text: str, source: str) -> tuple[SweepSpec, dict[str, str]]:
         problems.append(f"config ({source}): is missing: the name of a shipped config, or the path of a YAML file")
         known["config"] = "?"
     try:
-        spec = SweepSpec(**known)
+        spec = _validated(**known)
     except ValidationError as error:
         for item in error.errors(include_url=False):
             key = ".".join(
