@@ -144,7 +144,7 @@ def last_end(events: Sequence[Event]) -> Ended | None:
     for event in reversed(events):
         if isinstance(event, Ended):
             return event
-        if isinstance(event, Started | Submitted):
+        if isinstance(event, Started | Submitted | Decided):
             break
     return None
 

@@ -66,9 +66,9 @@ def decide(events: Sequence[Event], exit_code: int, step: int, max_restarts: int
     life = since_submission(events)
     former = [event for event in life if isinstance(event, Decided)]
     now = life[life.index(former[-1]) + 1 :] if former else life
-    ended = next((event for event in reversed(now) if isinstance(event, Ended)), None)
+    ended = last_end(events)
     started = any(isinstance(event, Started) for event in now)
-    code = exit_code if ended is None else ended.code
+    code = exit_code_of(events, exit_code)
     if code == OK:
         return Decision(False, "done")
     if code == BAD_INPUT:
@@ -109,13 +109,13 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         config = from_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         step = last_step(run)
         decision = decide(events, exit_code, step, config.launch.max_restarts)
-        ended = last_end(events)
+        code = exit_code_of(events, exit_code)
         record(
             run,
             Decided(
                 job=job.number,
                 restart=job.restart,
-                code=exit_code if ended is None else ended.code,
+                code=code,
                 step=step,
                 requeued=decision.requeue,
                 reason=decision.reason,
@@ -132,6 +132,12 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         _say(f"scontrol requeue {job.number} failed: {done.stderr.strip()}")
         return FAILED
     return OK
+
+
+def exit_code_of(events: Sequence[Event], exit_code: int) -> int:
+    """How the run itself says that its newest start ended, else the exit code of srun, which is one for all tasks."""
+    ended = last_end(events)
+    return exit_code if ended is None else ended.code
 
 
 def is_settled(events: Sequence[Event]) -> bool:

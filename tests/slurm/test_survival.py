@@ -7,7 +7,6 @@ once: most of each is waiting.
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from .cluster import Cluster, wait_until
-from .runs import BEGINS_S, KEEPS, STEPS, WORDS, Place, Run, assert_one_job, assert_same
+from .runs import BEGINS_S, KEEPS, WORDS, Place, Run, assert_one_job, assert_same
 
 AT_ONCE = 4
 LATE_S = 300.0
