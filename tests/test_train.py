@@ -623,7 +623,7 @@ RUN = "runs/digits-17"
 
 def test_the_job_script_requeues_a_stopped_run_and_resumes_it(tmp_path: Path) -> None:
     makes = f"mkdir -p {RUN}; touch {RUN}/config.yaml; "
-    ends = 'case $1 in requeue) exit 0 ;; *) exit 75 ;; esac'
+    ends = "case $1 in requeue) exit 0 ;; *) exit 75 ;; esac"
     code, calls = sbatch(["digits", "train.epochs=9"], makes + ends, tmp_path, SLURM_JOB_ID="17")
     assert calls.splitlines() == [
         f"srun --kill-on-bad-exit=0 --wait=60 gtddp train digits train.epochs=9 run.dir={RUN}",

@@ -123,8 +123,8 @@ def _read(version: _Version, files: list[Path]) -> tuple[Tensor, Tensor]:
     labels = records[:, version.label_bytes - 1].astype(np.int64)
     if labels.max() >= version.classes:
         raise UserError(
-            f"{files[0].parent}: a label is {labels.max()}, expected 0 to {version.classes - 1}: the files are not those "
-            f"of {version.name}"
+            f"{files[0].parent}: a label is {labels.max()}, expected 0 to {version.classes - 1}: the files are not "
+            f"those of {version.name}"
         )
     images = records[:, version.label_bytes :].reshape(-1, 3, 32, 32)
     return torch.from_numpy(images.copy()), torch.from_numpy(labels)
