@@ -18,7 +18,7 @@ def train_nodes_sbatch(place: Place, unbroken: Unbroken) -> None:
     job = place.sbatch("train-nodes.sbatch", ["--ntasks-per-node=1", "--export=ALL,CPUS=1"], [*WORDS, "run.dir=run"])
     run = Run(place.cluster, place.cwd / "run", job)
     assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert "gres/gpu=8" in place.cluster.job(job)["TRES"]
+    assert place.cluster.job(job)["TresPerNode"] == "gres:gpu:4"
     assert_one_job(run, 1)
     assert_same(run, unbroken())
 
@@ -48,7 +48,7 @@ def scaling_sbatch(place: Place, _: Unbroken) -> None:
     log = (place.cwd / f"slurm-gtddp-scaling-{job}.out").read_text()
     assert ended["JobState"] == "COMPLETED", log
     folder = place.cwd / f"benchmarks/scaling-{job}"
-    assert len((folder / "scaling.csv").read_text().splitlines()) == 4, log
+    assert len((folder / "scaling.csv").read_text().splitlines()) == 7, log  # strong and weak, of three grids
     assert json.loads(next(folder.glob("*.json")).read_text())
 
 
