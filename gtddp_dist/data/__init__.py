@@ -108,7 +108,7 @@ class DataSet:
 
 
 def moved(images: Tensor, random: np.random.Generator) -> Tensor:
-    """Each image of (B, C, H, W) cut at a random place out of itself with a black margin, half of them mirrored."""
+    """Each image of (B, C, H, W) cut out of itself with a black margin at a random place; about half are mirrored."""
     count, channels, height, width = images.shape
     offsets = torch.from_numpy(random.integers(0, 2 * CROP_MARGIN + 1, (2, count))).to(images.device)
     mirrored = torch.from_numpy(random.integers(0, 2, count).astype(bool)).to(images.device)
