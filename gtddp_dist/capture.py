@@ -175,6 +175,12 @@ class Capture:
         self.clear()
         return taken
 
+    def forget(self, micro_batch: MicroBatch) -> None:
+        """Forget one of them."""
+        self._micro_batches = [known for known in self._micro_batches if known is not micro_batch]
+        if self.latest is micro_batch:
+            self.latest = None
+
     def clear(self) -> None:
         """Forget everything captured."""
         self._micro_batches = []

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, cli_jobs, config_docs, errors
-from .config import Config, load_config, shipped_configs
-from .launch import discover, local, stop_signals_held
+from .config import GRID_KEYS, Config, load_config, named_config, shipped_configs
+from .launch import discover, local, stop_signals_held, told_once
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -32,31 +32,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "doctor":
                 return _doctor(arguments)
             case "plan":
-                name, config = _configured(words, arguments.command)
+                name, config = named_config(words, arguments.command)
                 from .pipeline.plan import run_plan
 
                 return run_plan(config, name, arguments.out)
             case "bench":
                 return _bench(arguments, words)
-            case "submit":
-                return _submit(arguments, words)
-            case "requeue":
-                from .jobs.requeue import requeue
-
-                return requeue(arguments.runs, arguments.exit_code)
-            case "sweep" | "status" | "tensorboard":
+            case "submit" | "requeue" | "sweep" | "status" | "tensorboard":
                 return cli_jobs.run(arguments, words)
         if arguments.resume is not None:
             return _resume(arguments.resume, arguments, words)
         return _train(arguments, words)
     except errors.UserError as error:
-        if str(error):
+        if arguments.command in ("train", "bench"):
+            error = told_once(error)
+        if not isinstance(error, errors.ToldElsewhere):
             print(f"gtddp: error: {error}", file=sys.stderr)
         return error.exit_code
 
 
 def _train(arguments: argparse.Namespace, words: list[str]) -> int:
-    name, config = _configured(words, "train")
+    name, config = named_config(words, "train")
     if arguments.check:
         print(f"ok: {_summary(config)}")
         return errors.OK
@@ -67,15 +63,6 @@ def _train(arguments: argparse.Namespace, words: list[str]) -> int:
         from .train import run_training
 
         return run_training(config, name)
-
-
-def _configured(words: list[str], command: str) -> tuple[str, Config]:
-    """The config that the first word names, with the others over it; and its name."""
-    if not words or "=" in words[0]:
-        shipped = ", ".join(shipped_configs())
-        raise errors.UserError(f"{command} needs a config before any key=value. Shipped configs: {shipped}")
-    name, *overrides = words
-    return Path(name).stem, load_config(name, overrides)
 
 
 def _started_ranks(config: Config, arguments: argparse.Namespace) -> int | None:
@@ -135,12 +122,9 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
     return run_pipeline(config, as_json=arguments.json, out=arguments.out)
 
 
-_GRID_KEYS = ("parallel.", "train.replica_groups=")
-
-
 def _resume(run: Path, arguments: argparse.Namespace, words: list[str]) -> int:
     """Continue a run; only the grid may be another."""
-    other = [word for word in words if not word.startswith(_GRID_KEYS)] + (["--check"] if arguments.check else [])
+    other = [word for word in words if not word.startswith(GRID_KEYS)] + (["--check"] if arguments.check else [])
     if other:
         raise errors.UserError(
             f"--resume continues a run as it was configured, but for parallel.*: leave out {other[0]!r}"
@@ -155,23 +139,6 @@ def _resume(run: Path, arguments: argparse.Namespace, words: list[str]) -> int:
         from .train import resume_training
 
         return resume_training(run, grid)
-
-
-def _submit(arguments: argparse.Namespace, words: list[str]) -> int:
-    from .jobs.submit import run_resubmit, run_submit
-
-    if arguments.resume is None:
-        name, config = _configured(words, "submit")
-        return run_submit(config, name, wait=arguments.wait, dry_run=arguments.dry_run)
-    other = [word for word in words if not word.startswith(("launch.", *_GRID_KEYS))]
-    if other or arguments.dry_run:
-        raise errors.UserError(
-            "submit --resume continues a run as it was configured, but for launch.* and parallel.*: leave out "
-            f"{(other or ['--dry-run'])[0]!r}"
-        )
-    return run_resubmit(
-        arguments.resume, load_config(str(arguments.resume / "config.yaml"), words), wait=arguments.wait
-    )
 
 
 def _summary(config: Config) -> str:
@@ -286,36 +253,8 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--grid", metavar="pipe=P,data=D", help="scaling: this grid alone, on ranks that are there")
     bench.add_argument("--list", action="store_true", help="scaling: print the grids, one a line, and measure nothing")
     bench.add_argument("--join", type=Path, metavar="DIR", help="scaling: join the figures that --grid left in DIR")
-    _add_jobs(commands)
     cli_jobs.add_commands(commands, _EXIT_CODES)
     return parser
-
-
-def _add_jobs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    submit = commands.add_parser(
-        "submit",
-        help="train as a job of Slurm",
-        usage=(
-            "gtddp submit CONFIG [key=value ...] [--wait] [--dry-run]\n"
-            "       gtddp submit --resume RUN [launch.key=value ...] [--wait]"
-        ),
-        description="Make a run directory and hand it to launch.executor; or hand over an existing run again.",
-        epilog=_EXIT_CODES,
-        allow_abbrev=False,
-    )
-    submit.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", help="as for train")
-    submit.add_argument("--resume", type=Path, metavar="RUN", help="submit this run again, to be continued")
-    submit.add_argument("--wait", action="store_true", help="return when the run has ended, with its exit code")
-    submit.add_argument("--dry-run", action="store_true", help="print the sbatch file, and change nothing")
-    requeue = commands.add_parser(
-        "requeue",
-        help="put a job back into Slurm's queue where its run needs it",
-        description="The last line of a job's script: decides whether the job is put back (docs/jobs.md).",
-        epilog="exit code: 0 where the job was put back, else that of the job",
-        allow_abbrev=False,
-    )
-    requeue.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories that the job trained")
-    requeue.add_argument("--exit-code", type=int, required=True, metavar="N", help="of srun")
 
 
 if __name__ == "__main__":

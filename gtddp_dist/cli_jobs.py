@@ -1,4 +1,4 @@
-"""The commands `gtddp sweep`, `status` and `tensorboard`: arguments only, the work is done elsewhere."""
+"""The commands about jobs (`gtddp submit`, `sweep`, `status`, ...): arguments only, the work is done elsewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config import GRID_KEYS, load_config, named_config
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -17,6 +18,30 @@ WATCH_S = 5.0
 
 def add_commands(commands: Commands, exit_codes: str) -> None:
     """Adds the commands to the parser."""
+    submit = commands.add_parser(
+        "submit",
+        help="train as a job of Slurm",
+        usage=(
+            "gtddp submit CONFIG [key=value ...] [--wait] [--dry-run]\n"
+            "       gtddp submit --resume RUN [launch.key=value ...] [--wait]"
+        ),
+        description="Make a run directory and hand it to launch.executor; or hand over an existing run again.",
+        epilog=exit_codes,
+        allow_abbrev=False,
+    )
+    submit.add_argument("words", nargs="*", metavar="CONFIG [key=value ...]", help="as for train")
+    submit.add_argument("--resume", type=Path, metavar="RUN", help="submit this run again, to be continued")
+    submit.add_argument("--wait", action="store_true", help="return when the run has ended, with its exit code")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch file, and change nothing")
+    requeue = commands.add_parser(
+        "requeue",
+        help="put a job back into Slurm's queue where its run needs it",
+        description="The last line of a job's script: decides whether the job is put back (docs/jobs.md).",
+        epilog="exit code: 0 where the job was put back, else that of the job",
+        allow_abbrev=False,
+    )
+    requeue.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories that the job trained")
+    requeue.add_argument("--exit-code", type=int, required=True, metavar="N", help="of srun")
     sweep = commands.add_parser(
         "sweep",
         help="train many settings, and compare them",
@@ -79,6 +104,12 @@ def add_commands(commands: Commands, exit_codes: str) -> None:
 def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     """Runs one of these commands; its exit code. Raises UserError."""
     match arguments.command:
+        case "submit":
+            return _submit(arguments, words)
+        case "requeue":
+            from .jobs.requeue import requeue
+
+            return requeue(arguments.runs, arguments.exit_code)
         case "sweep":
             return _sweep(arguments, words)
         case "status":
@@ -90,6 +121,23 @@ def run(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     from .tensorboard import run_tensorboard
 
     return run_tensorboard([Path(word) for word in words], host=arguments.host, port=arguments.port)
+
+
+def _submit(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    from .jobs.submit import run_resubmit, run_submit
+
+    if arguments.resume is None:
+        name, config = named_config(words, "submit")
+        return run_submit(config, name, wait=arguments.wait, dry_run=arguments.dry_run)
+    other = [word for word in words if not word.startswith(("launch.", *GRID_KEYS))]
+    if other or arguments.dry_run:
+        raise UserError(
+            "submit --resume continues a run as it was configured, but for launch.* and parallel.*: leave out "
+            f"{(other or ['--dry-run'])[0]!r}"
+        )
+    return run_resubmit(
+        arguments.resume, load_config(str(arguments.resume / "config.yaml"), words), wait=arguments.wait
+    )
 
 
 def _sweep(arguments: argparse.Namespace, words: Sequence[str]) -> int:

@@ -34,6 +34,7 @@ from .errors import ConfigError
 from .registry import nearest, nearest_first
 
 __all__ = [
+    "GRID_KEYS",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -50,11 +51,15 @@ __all__ = [
     "draft",
     "from_yaml",
     "load_config",
+    "named_config",
     "shipped_configs",
     "to_yaml",
 ]
 
 _COMMAND_LINE = "command line"
+
+GRID_KEYS = ("parallel.", "train.replica_groups=")
+"""Beginnings of the `key=value` words that say on which grid a run is continued."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +132,18 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     problems it finds: unknown key, wrong type, out of range, options that exclude each other, no such file.
     """
     return draft(name_or_path).overridden(overrides).build()
+
+
+def named_config(words: Sequence[str], command: str) -> tuple[str, Config]:
+    """The name and the configuration that `words` of a command line stand for: a config, then `key=value`.
+
+    Raises ConfigError, also where no config comes first; `command` is named then.
+    """
+    if not words or "=" in words[0]:
+        shipped = ", ".join(shipped_configs())
+        raise ConfigError(f"{command} needs a config before any key=value. Shipped configs: {shipped}")
+    name, *overrides = words
+    return Path(name).stem, load_config(name, overrides)
 
 
 def from_yaml(text: str, source: str = "YAML text") -> Config:

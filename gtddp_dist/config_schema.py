@@ -144,6 +144,8 @@ class DataConfig:
     """Registered name of the data set."""
     dir: FolderName | None = None
     """Folder of the files of a data set that is not shipped with a library."""
+    augment: bool | None = None
+    """cifar10, cifar100: move training images by up to 4 pixels and mirror them, at random; null: yes."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)

@@ -33,7 +33,7 @@ class ToldElsewhere(UserError):
     """Another rank tells the user what is wrong; this one only ends, with the same exit code."""
 
     def __init__(self, exit_code: int = BAD_INPUT) -> None:
-        super().__init__("")
+        super().__init__("rank 0 tells what is wrong")
         self.exit_code = exit_code
 
 

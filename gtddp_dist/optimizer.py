@@ -17,7 +17,7 @@ from .errors import OptionError, StepError
 from .groups import RecursionGroup, StepSamples, recursion_groups
 from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .options import PAPER, Options
-from .step import Step
+from .step import Grads, Step
 from .sweep import Value
 from .terminal import exact_cotangents, sampled_cotangents
 from .tracing import Projection, trace
@@ -249,10 +249,7 @@ class GTDDP(torch.optim.Optimizer):
 
     def is_finite(self, work: Step) -> bool:
         """Whether all that was captured, and the gradient, is finite. Waits for the device."""
-        derivatives = [
-            d for m in work.samples.micro_batches for stream in m.derivatives.values() for d in stream.values()
-        ]
-        return _all_finite([*derivatives, *work.grads.values()])
+        return bool(all_finite([*derivatives(work.samples.micro_batches), *work.grads.values()]))
 
     def refuse(self, loss: float | None = None) -> float | None:
         """Count a step that was not taken; returns ``loss``."""
@@ -288,6 +285,16 @@ class GTDDP(torch.optim.Optimizer):
                 "step() without a backward pass since the last step() or zero_grad(): nothing was captured. Call the "
                 "model itself, in training mode and not under no_grad, then loss.backward(), then step()"
             )
+        if self.options.capture == "weighted":
+            return
+        for player in self.trajectory.players:
+            for name, parameter in player.controls().items():
+                module = player.modules[name.rpartition(".")[0]]
+                if parameter.grad is None and any(module in m.derivatives["gradient"] for m in micro_batches):
+                    raise StepError(
+                        f"parameter '{name}' has no gradient, though a backward pass reached its module: call "
+                        "loss.backward() on the whole graph, and clear gradients with zero_grad() alone"
+                    )
 
     def _loss_scale(self) -> float | Tensor:
         """The GradScaler's scale of the captured derivatives; 1 without one. Unscales ``p.grad``."""
@@ -303,10 +310,20 @@ class GTDDP(torch.optim.Optimizer):
             raise StepError("GradScaler.unscale_ was called before step(): give GTDDP(grad_scaler=scaler)")
         return self._grad_scaler.get_scale()
 
-    def fill_gradients(self, work: Step) -> None:
+    def mean_gradient(self, work: Step, player: Player) -> Grads:
+        """A player's part in the mean gradient with capture="weighted", of the samples of ``work``; nothing where it is
+        formed with the correction."""
+        samples = None if work.absorbs(player) else work.samples.of(player, "gradient")
+        return {} if samples is None else samples.weighted(work.mean_weights())
+
+    def fill_gradients(self, work: Step, formed: Mapping[int, Grads] | None = None) -> None:
         """The step's mean gradient by parameter name, clipped; left out where it is formed with the correction.
 
         With several ranks the gradient is summed over replicas, and clipped by its norm over all segments.
+
+        Args:
+            work: the step.
+            formed: with capture="weighted", :meth:`mean_gradient` of every player as far as it was formed before.
         """
         grads: dict[str, Tensor] = {}
         weighted = self.options.capture == "weighted"
@@ -314,22 +331,9 @@ class GTDDP(torch.optim.Optimizer):
             grad = self._parameters[name].grad
             if grad is not None:
                 grads[name] = grad if self._sign > 0 else -grad
-        if not weighted:
-            for player in self.trajectory.players:
-                for name in player.controls().keys() - grads.keys():
-                    module = player.modules[name.rpartition(".")[0]]
-                    if any(module in m.derivatives["gradient"] for m in work.samples.micro_batches):
-                        raise StepError(
-                            f"parameter '{name}' has no gradient, though a backward pass reached its module: call "
-                            "loss.backward() on the whole graph, and clear gradients with zero_grad() alone"
-                        )
         if weighted:
             for player in self.trajectory.players:
-                if work.absorbs(player):
-                    continue  # gathering its samples is work, too
-                samples = work.samples.of(player, "gradient")
-                if samples is not None:
-                    grads.update(samples.weighted(work.mean_weights()))
+                grads.update(self.mean_gradient(work, player) if formed is None else formed.get(player.index, {}))
         if not weighted and len(work.groups) > 1 and self.options.feedback and work.ranks is ALONE:
             work.clip = self._user_factor(work, grads)
         if work.ranks.replicas > 1:
@@ -446,12 +450,17 @@ class GTDDP(torch.optim.Optimizer):
 
 def values_finite(values: Sequence[Value]) -> bool:
     """Whether the value functions at a cut are; where the first one's are, all were. Waits for the device."""
-    return _all_finite([v.curvature.sum() + v.slope.sum() for v in values])
+    return bool(all_finite([v.curvature.sum() + v.slope.sum() for v in values]))
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    """One look at the device for all of them."""
+def derivatives(micro_batches: Iterable[MicroBatch]) -> list[Tensor]:
+    """All that was captured on the way back."""
+    return [d for m in micro_batches for stream in m.derivatives.values() for d in stream.values()]
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether all of them are, without a look at the device: one number, true or false."""
     if not tensors:
-        return True
+        return torch.ones((), dtype=torch.bool)
     norms = torch._foreach_norm(list(tensors), float("inf"))  # squares could overflow where the values do not
-    return bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])).all())
+    return torch.isfinite(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])).all()

@@ -135,10 +135,4 @@ def build_model(config: Config, data: DataSet, precision: Precision) -> nn.Modul
 
 def validate(config: Config, model: nn.Module, data: DataSet, precision: Precision) -> dict[str, float]:
     """Mean loss and accuracy of a model on the validation set, as `val/loss` and `val/accuracy`."""
-    return evaluate(
-        model,
-        data.validation_images,
-        data.validation_labels,
-        batch_size=config.eval.batch_size,
-        precision=precision,
-    )
+    return evaluate(model, data.validation_batches(config.eval.batch_size), precision)

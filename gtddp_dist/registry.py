@@ -122,6 +122,8 @@ MODELS: Mapping[str, ModelEntry] = {
 
 DATA_SETS: Mapping[str, DataEntry] = {
     "digits": DataEntry((), "gtddp_dist.data.digits:load"),
+    "cifar10": DataEntry(("dir", "augment"), "gtddp_dist.data.cifar:load_cifar10"),
+    "cifar100": DataEntry(("dir", "augment"), "gtddp_dist.data.cifar:load_cifar100"),
 }
 
 

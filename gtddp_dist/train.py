@@ -310,8 +310,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                 say(team, f"stopped by {reason} at step {progress.step}, with a checkpoint")
                 return REQUEUE
             batch = parts.order.batch_indices(progress.step)
-            images = parts.data.train_images[batch.to(parts.data.train_images.device)]
-            labels = parts.data.train_labels[batch.to(parts.data.train_labels.device)]
+            images, labels = parts.data.batch(batch, config.train.seed, progress.step)
             rate = parts.optimizer.param_groups[0]["lr"]
             started = time.perf_counter()
             result = parts.step(images, labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -148,17 +148,16 @@ class TrainingStep:
         return self._scaler.get_scale() >= scale
 
 
-def evaluate(
-    model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int, precision: Precision
-) -> dict[str, float]:
-    """Mean loss and accuracy over a set of samples in evaluation mode, as `val/loss` and `val/accuracy`."""
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], precision: Precision) -> dict[str, float]:
+    """Mean loss and accuracy over batches of images and labels in evaluation mode, as `val/loss` and `val/accuracy`."""
     training = model.training
     model.eval()
-    loss, correct = 0.0, 0
+    loss, correct, samples = 0.0, 0, 0
     with torch.no_grad(), precision.autocast():
-        for some, theirs in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            logits = model(network_input(some, precision.dtype))
-            loss += float(F.cross_entropy(logits.double(), theirs, reduction="sum"))
-            correct += int((logits.argmax(dim=1) == theirs).sum())
+        for images, labels in batches:
+            logits = model(network_input(images, precision.dtype))
+            loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+            correct += int((logits.argmax(dim=1) == labels).sum())
+            samples += len(labels)
     model.train(training)
-    return {"val/loss": loss / len(labels), "val/accuracy": correct / len(labels)}
+    return {"val/loss": loss / samples, "val/accuracy": correct / samples}

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from ..errors import OK, REQUEUE, UserError
+from ..errors import OK, REQUEUE, ToldElsewhere, UserError
 from . import local, mpi, slurm, torchrun
 from .ranks import Ranks, alone
 from .rendezvous import RankMissing, Rendezvous, agree_on_start
@@ -27,6 +28,7 @@ __all__ = [
     "discover",
     "launch",
     "stop_signals_held",
+    "told_once",
 ]
 
 Work = Callable[[StopRequest, Ranks], int]
@@ -52,7 +54,11 @@ def discover(environ: Mapping[str, str] = os.environ) -> Ranks | None:
     Raises UserError where what it finds is incomplete or contradicts itself. Under mpirun all ranks must call it.
     """
     for way in WAYS:
-        ranks = way(environ)
+        try:
+            ranks = way(environ)
+        except UserError:
+            _here.lost = True
+            raise
         if ranks is not None:
             return ranks
     return None
@@ -76,6 +82,7 @@ def launch(work: Work, wanted: int, argv: Sequence[str] | None = None) -> int:
         raise UserError(_mismatch(ranks, wanted))
     if ranks.world > 1:
         ranks.export()
+    _here.ranks = ranks
     with StopRequest() as stop:
         if ranks.started_by == "gtddp":
             local.enter()
@@ -91,6 +98,50 @@ def launch(work: Work, wanted: int, argv: Sequence[str] | None = None) -> int:
             if not agreed:
                 mpi.leave_without_the_others()
         return code
+
+
+@dataclass
+class _Here:
+    """What this process knows of itself."""
+
+    ranks: Ranks | None = None
+    """Once it works as one of them; what told it so is no longer in the environment then."""
+    lost: bool = False
+    """Whether it was started as a rank, and cannot tell which."""
+
+
+_here = _Here()
+
+REFUSED_WITHIN_S = 60.0
+"""How long a rank that cannot begin waits for the others to say so."""
+
+
+def told_once(error: UserError) -> UserError:
+    """What a process that cannot go on for `error` is to tell.
+
+    Where ranks meet what is wrong with them before they have met each other, such as a configuration that cannot be
+    used, they meet for it: rank 0 tells what any of them has found, the others get a ToldElsewhere. A rank that cannot
+    meet rank 0 tells its own error.
+    """
+    if _here.lost or Rendezvous.begun or isinstance(error, ToldElsewhere):
+        return error
+    ranks = _here.ranks or discover()
+    if ranks is None or ranks.world == 1:
+        return error
+    if ranks.started_by == "mpirun":
+        mpi.leave_without_the_others()
+    try:
+        meeting = Rendezvous(ranks, REFUSED_WITHIN_S)
+    except UserError:
+        return error
+    try:
+        meeting.prepared(str(error))
+    except RankMissing:
+        return error
+    except UserError as together:
+        together.exit_code = error.exit_code
+        return together
+    return error
 
 
 def _mismatch(ranks: Ranks, wanted: int) -> str:

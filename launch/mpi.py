@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import ToldElsewhere, UserError
 from .pause import Pause
 from .ranks import Ranks, checked, number
 
@@ -119,6 +119,9 @@ def _meet(environ: Mapping[str, str], rank: int, world: int) -> _Meeting:
             listener.close()
     address, port, problem = world_comm.bcast((address, port, problem), root=0)
     if problem:
+        if rank != 0:
+            time.sleep(1.0)  # or mpirun might end rank 0 before it has told
+            raise ToldElsewhere
         raise UserError(problem)
     ranks = checked(Ranks(rank, world, local_rank, local_world, host, address, port, "mpirun", listen_fd))
     return _Meeting(ranks, world_comm.Dup())

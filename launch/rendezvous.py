@@ -11,9 +11,9 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ..errors import FAILED, UserError
+from ..errors import FAILED, ToldElsewhere, UserError
 from .pause import Pause
 from .ranks import Ranks
 
@@ -25,6 +25,13 @@ START_WITHIN_S = 180.0
 
 ANSWER_WITHIN_S = 10.0
 """How much longer others wait for rank 0 than rank 0 for them, so that they hear from it who is missing."""
+
+
+TELL_WITHIN_S = 1.0
+"""How long the others leave to rank 0 to tell what is wrong."""
+
+TOLD_WITHIN_S = 5.0
+"""How long a process whose rank was given twice waits for rank 0 to tell of it."""
 
 
 class RankMissing(UserError, RuntimeError):
@@ -57,6 +64,9 @@ class Rendezvous:
     RankMissing where rank 0 cannot be reached.
     """
 
+    begun: ClassVar[bool] = False
+    """Whether this process has begun to meet others."""
+
     def __init__(self, ranks: Ranks, start_within_s: float = START_WITHIN_S) -> None:
         self.ranks = ranks
         self._within_s = start_within_s
@@ -65,6 +75,7 @@ class Rendezvous:
         self._exchange: Exchange | None = None
         if ranks.world == 1:
             return
+        Rendezvous.begun = True
         if ranks.started_by == "mpirun":
             from .mpi import MpiExchange
 
@@ -127,6 +138,21 @@ class Rendezvous:
         """Returns once all ranks have come here. Raises like `allgather`."""
         self.allgather(key, "", within_s)
 
+    def prepared(self, problem: str = "") -> None:
+        """Returns once all ranks are there, and none has found something wrong: `problem` is what this one has.
+
+        Else rank 0 raises UserError, which says what which rank found; the others raise ToldElsewhere.
+        """
+        problems = self.allgather("preparing the run", problem)
+        found = [(rank, text) for rank, text in enumerate(problems) if text]
+        if not found:
+            return
+        if self.ranks.rank != 0:
+            raise _told_by_rank_0()
+        if len(found) == self.ranks.world and len({text for _, text in found}) == 1:
+            raise UserError(found[0][1])
+        raise UserError("; ".join(f"rank {rank}: {text}" for rank, text in found))
+
     def agree(self, facts: Mapping[str, str]) -> None:
         """`agree_on_start` of these ranks."""
         agree_on_start(self.ranks, self.allgather, facts)
@@ -135,8 +161,8 @@ class Rendezvous:
 def agree_on_start(ranks: Ranks, gather: Callable[[str, str], list[str]], facts: Mapping[str, str]) -> None:
     """Returns where all ranks hold the same facts: name -> value, such as versions and the digest of the config.
 
-    `gather` is `Rendezvous.allgather`. Raises UserError on every rank, which names the facts that differ, their values
-    and the ranks that hold them.
+    `gather` is `Rendezvous.allgather`. Else rank 0 raises UserError, which names the facts that differ, their values
+    and the ranks that hold them; the others raise ToldElsewhere.
     """
     mine = json.dumps({"host": ranks.host, "facts": dict(facts)})
     told = [json.loads(text) for text in gather("start", mine)]
@@ -155,12 +181,20 @@ def agree_on_start(ranks: Ranks, gather: Callable[[str, str], list[str]], facts:
                     for value, who in parts
                 )
             )
+    if problems and ranks.rank != 0:
+        raise _told_by_rank_0()
     if problems:
         raise UserError(
             "the ranks are not alike. "
             + ". ".join(problems)
             + ". All ranks need the same configuration and the same versions: compare files and environments there"
         )
+
+
+def _told_by_rank_0() -> ToldElsewhere:
+    """Gives rank 0 the time to tell it: whoever has started the ranks may end all once one has ended."""
+    time.sleep(TELL_WITHIN_S)
+    return ToldElsewhere()
 
 
 def ranks_named(ranks: list[int]) -> str:
@@ -251,9 +285,8 @@ class StoreExchange:
         here = f"process {os.getpid()} on {socket.gethostname()}"
         if store.add(f"joined/{ranks.rank}", 1) > 1:
             there = store.get(f"who/{ranks.rank}").decode()
-            twice = f"rank {ranks.rank} was given to two processes: {there}, and {here}"
-            store.set("twice", twice)
-            raise UserError(f"{twice}. {_TWICE_ADVICE}")
+            store.set("twice", f"rank {ranks.rank} was given to two processes: {there}, and {here}")
+            raise self._twice()
         store.set(f"who/{ranks.rank}", here)
 
     def gather(self, name: str, text: str, within_s: float) -> list[str | None]:
@@ -261,7 +294,10 @@ class StoreExchange:
         texts: list[str | None] = [text, *[None] * len(keys)]
         deadline, pause = time.monotonic() + within_s, Pause(1e-3, 0.1)
         while not self._store.check(list(keys.values())):
-            self._refuse_twice()
+            if self._is_twice():
+                self._store.set("twice is told", "")
+                time.sleep(1.0)  # the others shall read it before the store goes with this process
+                raise UserError(f"{self._store.get('twice').decode()}. {_TWICE_ADVICE}")
             if time.monotonic() > deadline:
                 keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
                 break
@@ -287,7 +323,8 @@ class StoreExchange:
         try:
             self._store.set(f"{name}/{self._ranks.rank}", text)
             while not self._store.check([name]):
-                self._refuse_twice()
+                if self._is_twice():
+                    raise self._twice()
                 if time.monotonic() > deadline:
                     return None
                 pause()
@@ -301,12 +338,24 @@ class StoreExchange:
         self._met = True
         return answer
 
-    def _refuse_twice(self) -> None:
+    def _is_twice(self) -> bool:
         """Only until all have met: a process that strays in later must not end a run that goes well."""
-        if not self._met and self._store.check(["twice"]):
-            if self._ranks.rank == 0:
-                time.sleep(1.0)  # the others shall read it before the store goes with this process
-            raise UserError(f"{self._store.get('twice').decode()}. {_TWICE_ADVICE}")
+        return not self._met and self._store.check(["twice"])
+
+    def _twice(self) -> UserError:
+        """Rank 0 tells of a rank that was given twice; unless it goes on without heeding it, or is not there yet."""
+        from torch.distributed import DistError
+
+        deadline, pause = time.monotonic() + TOLD_WITHIN_S, Pause(1e-3, 0.1)
+        try:
+            twice = self._store.get("twice").decode()
+            while not self._store.check(["twice is told"]):
+                if time.monotonic() > deadline:
+                    return UserError(f"{twice}. {_TWICE_ADVICE}")
+                pause()
+        except DistError:  # rank 0 has ended, and the store with it
+            pass
+        return _told_by_rank_0()
 
 
 def _holder(ranks: Ranks) -> str:

@@ -18,8 +18,10 @@ import pytest
 from gtddp_dist import cli
 from gtddp_dist.config import ConfigError, load_config
 from gtddp_dist.errors import UserError
+from gtddp_dist.jobs import submit
 from gtddp_dist.jobs.history import Decided, Ended, Event, Started, Submitted, last_step, read, record
 from gtddp_dist.jobs.requeue import decide, is_settled
+from gtddp_dist.jobs.scheduler import Scheduler
 from gtddp_dist.jobs.script import minutes, ranks_per_node, sbatch_options
 from gtddp_dist.jobs.submit import Prepared, script_of
 
@@ -214,7 +216,7 @@ cp "${!#}" "$FAKE/script"
 echo "Submitted batch job 41"
 """,
     "srun": "exit 0",
-    "squeue": 'cat "$FAKE/queue" 2>/dev/null',
+    "squeue": 'cat "$FAKE/queue" 2>/dev/null || true',
     "scontrol": """
 echo "scontrol $*" >>"$FAKE/calls"
 case "$*" in
@@ -244,7 +246,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_submit_makes_the_run_directory_and_hands_it_to_slurm(
-    slurm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["submit", "digits", "run.dir=runs/a", "launch.partition=gpu", "train.steps=7"]) == 0
     run = tmp_path / "runs/a"
@@ -256,6 +258,11 @@ def test_submit_makes_the_run_directory_and_hands_it_to_slurm(
     # The first start writes what any run has; the same directory is not submitted as a new run again.
     assert cli.main(["submit", "digits", "run.dir=runs/a"]) == 2
     assert "runs/a is not empty" in capsys.readouterr().err
+    (slurm / "queue").write_text("41|41|PENDING|Priority|\n")
+    monkeypatch.setattr(submit, "Scheduler", lambda: Scheduler(tmp_path, 0.0))
+    assert cli.main(["submit", "--resume", "runs/a", "launch.partition=urgent"]) == 2
+    assert "its job 41 is pending" in capsys.readouterr().err
+    (slurm / "queue").unlink()
     assert cli.main(["submit", "--resume", "runs/a", "launch.partition=urgent"]) == 0
     assert "#SBATCH --partition=urgent\n" in (slurm / "script").read_text()
     assert load_config(str(run / "config.yaml")).launch.partition == "urgent"
@@ -317,6 +324,22 @@ def test_requeue_puts_a_job_back_until_its_restarts_are_used_up(
     assert isinstance(last, Decided) and not last.requeued and last.step == 3 and last.code == 137
 
 
+def test_a_signal_to_a_run_that_is_done_does_not_fail_its_job(slurm: Path, run: Path) -> None:
+    record(run, started())
+    record(run, ended(0, 7))
+    assert cli.main(["requeue", "a", "--exit-code=140"]) == 0  # SIGUSR2 while Python was ending
+    assert calls(slurm) == []
+
+
+def test_one_task_of_an_array_is_put_back(slurm: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last task that starts has the number of the array as its own.
+    for name, value in (("SLURM_ARRAY_JOB_ID", "41"), ("SLURM_ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(name, value)
+    record(run, started())
+    assert cli.main(["requeue", "a", "--exit-code=137"]) == 0
+    assert calls(slurm) == ["scontrol requeue 41_3"]
+
+
 def test_a_script_that_slurm_has_given_up_does_nothing(
     slurm: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -355,8 +378,6 @@ def test_a_requeue_that_slurm_refuses_is_a_failure(slurm: Path, run: Path, capsy
 
 
 def test_wait_ends_when_the_job_is_gone(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gtddp_dist.jobs import submit
-
     monkeypatch.setattr(submit, "WAIT_POLL_S", 0.05)
     monkeypatch.setattr(submit, "WAIT_QUERY_S", 0.1)
     assert cli.main(["submit", "digits", "run.dir=a", "--wait"]) == 1  # squeue knows nothing of it

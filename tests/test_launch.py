@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from gtddp_dist import errors
-from gtddp_dist.launch import RankMissing, Ranks, Rendezvous, discover, local, mpi, slurm
+from gtddp_dist.launch import RankMissing, Ranks, Rendezvous, discover, local, mpi, rendezvous, slurm
 from gtddp_dist.launch.stop import STOP_SIGNALS
 
 BIN = Path(sys.executable).parent
@@ -386,10 +386,21 @@ def test_ranks_that_are_not_alike() -> None:
         Rendezvous(ranks, 20).agree(facts)
         return None
 
-    for error in in_threads(work, ranks_of(3, free_port())):
-        assert isinstance(error, errors.UserError)
-        assert "config: abc on ranks 0, 2 (node0, node2); def on rank 1 (node1)" in str(error)
-        assert "torch" not in str(error) and "grid" not in str(error)
+    error, *others = in_threads(work, ranks_of(3, free_port()))
+    assert isinstance(error, errors.UserError)
+    assert "config: abc on ranks 0, 2 (node0, node2); def on rank 1 (node1)" in str(error)
+    assert "torch" not in str(error) and "grid" not in str(error)
+    assert [type(other) for other in others] == [errors.ToldElsewhere] * 2
+
+
+def test_what_any_rank_finds_rank_0_tells() -> None:
+    def work(ranks: Ranks) -> object:
+        Rendezvous(ranks, 20).prepared("no such thing" if ranks.rank == 1 else "")
+        return None
+
+    error, *others = in_threads(work, ranks_of(3, free_port()))
+    assert (type(error), str(error)) == (errors.UserError, "rank 1: no such thing")
+    assert [type(other) for other in others] == [errors.ToldElsewhere] * 2
 
 
 def test_a_rank_that_is_missing() -> None:
@@ -415,13 +426,40 @@ def test_port_in_use() -> None:
 
 
 def test_two_processes_of_one_rank() -> None:
+    """Rank 0 tells of it, both others end without a word."""
+    first, second, _ = ranks_of(3, free_port())  # of the third nothing comes, so that they do not meet without the twin
+    twins: list[object] = []
+
+    def work(ranks: Ranks) -> object:
+        if ranks.rank == 1:
+            twins.extend(in_threads(lambda _: Rendezvous(second, 20).allgather("start", ""), [first, second]))
+            return None
+        return Rendezvous(ranks, 20).allgather("start", "")
+
+    told, _ = in_threads(work, [first, second])
+    assert type(told) is errors.UserError
+    assert re.match(r"rank 1 was given to two processes: process .* on .*, and process", str(told))
+    assert [type(each) for each in twins] == [errors.ToldElsewhere] * 2
+
+
+def test_a_process_of_a_rank_that_the_others_have_met_tells_of_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "TOLD_WITHIN_S", 0.3)
     first, second = ranks_of(2, free_port())
-    held = Rendezvous(first, 10)
-    Rendezvous(second, 10)
-    with pytest.raises(errors.UserError, match=r"rank 1 was given to two processes: process .* on .*, and process"):
+    held: list[Rendezvous] = []
+
+    def work(ranks: Ranks) -> object:
+        held.append(Rendezvous(ranks, 20))
+        return held[-1].allgather("start", str(ranks.rank))
+
+    assert in_threads(work, [first, second]) == [["0", "1"]] * 2
+    with pytest.raises(errors.UserError, match="rank 1 was given to two processes") as stray:
         Rendezvous(second, 10)
-    with pytest.raises(errors.UserError, match="rank 1 was given to two processes"):
-        held.allgather("start", "")
+    assert not isinstance(stray.value, errors.ToldElsewhere)
+    assert in_threads(lambda ranks: _of(held, ranks).allgather("start", "on"), [first, second]) == [["on", "on"]] * 2
+
+
+def _of(meetings: list[Rendezvous], ranks: Ranks) -> Rendezvous:
+    return next(meeting for meeting in meetings if meeting.ranks == ranks)
 
 
 # torchrun.
@@ -509,7 +547,7 @@ def test_mpirun_with_ranks_that_are_not_alike(program: Program, mpirun: tuple[st
     code, _, err = program.run(3, body, by=mpirun)
     host = socket.gethostname()
     assert code == errors.BAD_INPUT
-    assert err.count(f"config: abc on ranks 0, 2 ({host}); def on rank 1 ({host})") == 3
+    assert err.count(f"config: abc on ranks 0, 2 ({host}); def on rank 1 ({host})") == 1
 
 
 def test_mpirun_with_a_rank_that_is_missing(program: Program, mpirun: tuple[str, ...]) -> None:

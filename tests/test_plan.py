@@ -35,7 +35,8 @@ from gtddp_dist.pipeline.costs import (
 )
 from gtddp_dist.pipeline.instructions import Instruction, Op
 from gtddp_dist.pipeline.order import StepShape, one_forward_one_backward, rank_orders, zero_bubble
-from gtddp_dist.pipeline.plan import Plan, describe, plan_step, report, run_plan
+from gtddp_dist.pipeline.parts import prepare
+from gtddp_dist.pipeline.plan import Plan, describe, plan_step, report, run_plan, stage_costs
 from gtddp_dist.pipeline.simulate import Link, RankCosts, simulate
 from gtddp_dist.tracing import trace
 from gtddp_dist.training_step import Precision
@@ -83,6 +84,24 @@ def test_sum_over_replicas_is_a_ring() -> None:
     assert simulate([[Instruction(Op.REDUCE)]], costs, Link(100, 0.5)).seconds == 0
 
 
+def test_training_has_the_order_that_is_planned() -> None:
+    """Counted costs are the same in every process."""
+    config = load_config(
+        "digits", ["parallel.pipe=2", "parallel.data=2", "train.micro_batches=8", "train.batch_size=64"]
+    )
+    first, again = prepare(config), prepare(config, prepare(config).cuts)
+    assert first.expected == again.expected and first.expected.digest() == again.expected.digest()
+    precision = Precision("float32", torch.device("cpu"))
+    subject = describe(config, build_model(config, first.data, precision), first.trajectory, first.data.classes)
+    stages, unit = stage_costs(config, subject, first.data.train_images.shape[1:], precision)
+    assert unit == "operations"
+    plan = plan_step(stages, subject.shape, subject.counting, first.expected.link, speed=10e12, data=2)
+    assert plan.costs == first.expected.costs and plan.cuts == first.cuts
+    assert (plan.link.bandwidth, plan.link.latency) == pytest.approx((10e9, 20e-6))
+    slower = prepare(load_config("digits", ["parallel.pipe=2", "plan.latency_us=30"]))
+    assert slower.expected.digest() != first.expected.digest()
+
+
 def test_peak_memory() -> None:
     cost = RankCosts(kept_bytes=10, captured_bytes=4, parameter_bytes=100, optimizer_bytes=50)
     fixed = 2 * 100 + 50
@@ -92,6 +111,11 @@ def test_peak_memory() -> None:
     assert list(by_step.peak_bytes) == [fixed + 7 * 4 + 10]  # the last backward pass, all the others captured
     order = [Instruction(op) for op in (Op.FORWARD, Op.BACKWARD, Op.WEIGHT)]
     assert simulate([order], [cost], INSTANT).peak_bytes == (fixed + 10.0,)
+    twice = [Instruction(op, unit) for unit in (0, 1) for op in (Op.FORWARD, Op.BACKWARD, Op.WEIGHT)]
+    thrice = [*twice, Instruction(Op.STATISTICS), *(Instruction(step.op, 2) for step in twice[:3])]
+    assert simulate([thrice], [cost], INSTANT).peak_bytes == (fixed + 10.0,)
+    factors = dataclasses.replace(cost, statistics_bytes=1)  # made of all micro-batches' data
+    assert simulate([thrice], [factors], INSTANT).peak_bytes == (fixed + 10.0 + 4.0,)
 
 
 def test_ranks_that_wait_for_each_other() -> None:

@@ -241,6 +241,38 @@ def test_sums_are_over_the_right_ranks(server: Server, tmp_path: Path) -> None:
         assert found["nothing"] == [""] * 4
 
 
+def test_weights_do_not_depend_on_the_order_to_the_bit(server: Server, tmp_path: Path) -> None:
+    settings = [
+        Setting(2, 1, 8, "blocks", scope="micro_batch", momentum=0.9, steps=4),
+        Setting(2, 1, 8, "blocks", "ekfac", scope="micro_batch", metric="previous", capture="weighted", steps=4),
+        Setting(2, 1, 8, "digits", "adam", scope="micro_batch", metric="previous", terminal="sampled", steps=4),
+    ]
+    arguments = {"settings": [asdict(setting) for setting in settings]}
+    (ended,) = server.run(Job("ranks.probes:orders", 2, tmp_path, arguments, within_s=100))
+    found = found_by(ended, tmp_path)
+    for setting in settings:
+        ranks = [{name: one for name, one in rank.items() if name.startswith(f"{setting.name} ")} for rank in found]
+        several = [[cast(list[object], one)[0] for one in rank.values()] for rank in ranks]
+        assert len(set(zip(*several, strict=True))) == 3  # on one rank or the other
+        assert [cast(list[object], one)[1] for rank in ranks for one in rank.values()] == [True] * 6
+
+
+def test_captured_data_are_let_go_as_soon_as_the_schedule_says(server: Server, tmp_path: Path) -> None:
+    """Though autograd's graphs, unsent messages or the optimizer might hold on to them."""
+    settings = [
+        Setting(2, 1, 8, "blocks", scope="micro_batch"),
+        Setting(2, 1, 8, "digits", "adam", scope="micro_batch", metric="previous", capture="weighted"),
+        Setting(2, 1, 8, "digits", "sgd", scope="micro_batch", capture="weighted", terminal="sampled"),
+        Setting(2, 1, 8, "digits", "adam", rho=0.0, capture="weighted"),
+    ]
+    arguments = {"settings": [asdict(setting) for setting in settings]}
+    (ended,) = server.run(Job("ranks.probes:held", 2, tmp_path, arguments, within_s=60))
+    for rank, found in enumerate(found_by(ended, tmp_path)):
+        for setting in settings:
+            most, by_order = cast(list[int], found[setting.name])
+            assert most == by_order < 8, (rank, setting.name)
+
+
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_batch_norm_over_replicas(synchronised: bool, server: Server, tmp_path: Path) -> None:
     """With `sync_batch_norm` weights and running statistics are those of one process with all samples; else not."""

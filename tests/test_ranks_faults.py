@@ -443,8 +443,14 @@ def test_a_run_goes_on_after_a_step_that_is_not_finite_and_gives_up_after_severa
 def refused(server: Server, folder: Path, world: int, argv: Sequence[str], **more: object) -> str:
     """The one message of ranks that all refuse to begin."""
     (ended,) = server.run(command(folder, world, argv, **more))
+    return told_once(ended, folder)
+
+
+def told_once(ended: Sequence[Ended], folder: Path) -> str:
+    """What rank 0 says of ranks that all refused to begin; the others say nothing."""
     said = messages(ended, folder)
-    assert len(said) == 1, told(ended)
+    assert len(said) == 1 and said[0] in ended[0].err, told(list(ended))
+    assert [rank.err for rank in ended[1:]] == [""] * (len(ended) - 1), told(list(ended))
     return said[0]
 
 
@@ -454,13 +460,6 @@ def messages(ended: Sequence[Ended], folder: Path) -> list[str]:
     assert "Traceback" not in "".join(rank.err for rank in ended)
     assert not (folder / "run").exists() and not (folder / "runs").exists()
     return errors_in(ended)
-
-
-def told_by_each(ended: Sequence[Ended], folder: Path) -> str:
-    """What every rank says for itself: it cannot know that others are there to say it."""
-    said = messages(ended, folder)
-    assert len(said) == len(ended) and len(set(said)) == 1, told(list(ended))
-    return said[0]
 
 
 def test_more_ranks_than_stages(server: Server, tmp_path: Path) -> None:
@@ -476,15 +475,14 @@ def test_cuts_that_do_not_exist(server: Server, tmp_path: Path) -> None:
 def test_ranks_with_different_configurations(server: Server, tmp_path: Path) -> None:
     words = [*COMMON, "parallel.pipe=2"]
     other = {"argv of 1": [*words, "optimizer.lr=0.5"]}
-    (ended,) = server.run(command(tmp_path, 2, words, **other))
-    said = told_by_each(ended, tmp_path)
+    said = refused(server, tmp_path, 2, words, **other)
     assert "the ranks are not alike. configuration:" in said and "on rank 1" in said
 
 
 def test_a_rank_that_was_given_twice(server: Server, tmp_path: Path) -> None:
     job = Job("ranks.command:work", 3, tmp_path, {"argv": [*COMMON, "parallel.pipe=3"]}, {2: {"RANK": "1"}})
     (ended,) = server.run(job)
-    assert "rank 1 was given to two processes" in told_by_each(ended, tmp_path)
+    assert "rank 1 was given to two processes" in told_once(ended, tmp_path)
 
 
 def test_a_port_that_is_in_use(server: Server, tmp_path: Path) -> None:
@@ -499,15 +497,18 @@ def test_a_port_that_is_in_use(server: Server, tmp_path: Path) -> None:
 
 
 def test_what_each_rank_finds_before_it_meets_the_others(server: Server, tmp_path: Path) -> None:
-    """A grid of another size than there are ranks, and a batch that cannot be shared out."""
-    grid, batch = server.run(
+    """A grid of another size than there are ranks, a batch that cannot be shared out, and what one of them finds."""
+    grid, batch, one = server.run(
         command(tmp_path / "grid", 2, [*COMMON, "parallel.pipe=2", "parallel.data=2"]),
         command(tmp_path / "batch", 3, [*COMMON, "parallel.data=3"]),
+        command(tmp_path / "one", 2, [*COMMON, "parallel.pipe=2"], **{"argv of 1": [*COMMON, "no.such=key"]}),
     )
-    said = told_by_each(grid, tmp_path / "grid")
+    said = told_once(grid, tmp_path / "grid")
     assert "the grid (parallel.pipe times parallel.data) has 4 ranks, but gtddp started 2 processes" in said
-    said = told_by_each(batch, tmp_path / "batch")
+    said = told_once(batch, tmp_path / "batch")
     assert "train.batch_size must be a multiple of micro_batches * data = 6" in said
+    said = told_once(one, tmp_path / "one")
+    assert said.startswith("gtddp: error: rank 1: ") and "no.such" in said
 
 
 def test_gtddp_tells_of_a_mistake_once_and_writes_nothing(tmp_path: Path) -> None:
@@ -521,3 +522,23 @@ def test_gtddp_tells_of_a_mistake_once_and_writes_nothing(tmp_path: Path) -> Non
         assert process.returncode == BAD_INPUT, said
         assert said.count("gtddp: error:") == 1 and message in said
         assert out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("way", [("torchrun", "--standalone", "--nproc-per-node=3"), ("mpirun", "-n", "3")])
+def test_a_mistake_is_told_once_however_ranks_were_started(way: Sequence[str], tmp_path: Path) -> None:
+    """One that each of them finds before it knows of the others; who ends first does not keep rank 0 from telling."""
+    starter = Path(sys.executable).parent / way[0]
+    if not starter.exists():
+        pytest.skip(f"{way[0]} is not installed beside this Python")
+    program = ["-m"] if way[0] == "torchrun" else [sys.executable, "-m"]
+    done = subprocess.run(
+        [str(starter), *way[1:], *program, "gtddp_dist", *COMMON, "parallel.data=3"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=90,
+    )
+    assert done.returncode != OK
+    assert done.stderr.count("gtddp: error:") == 1 and "train.batch_size must be a multiple" in done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []

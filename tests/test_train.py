@@ -602,8 +602,7 @@ def sbatch(words: Sequence[str], gtddp: str, tmp_path: Path, **variables: str) -
     calls.write_text("")
     for name, body in (
         ("gtddp", gtddp),
-        ("srun", 'exec "$@"'),
-        ("scontrol", "true"),
+        ("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"'),
     ):
         (programs / name).write_text(f'#!/bin/bash\necho "{name} $*" >> {calls}\n{body}\n')
         (programs / name).chmod(0o755)
@@ -619,30 +618,30 @@ def sbatch(words: Sequence[str], gtddp: str, tmp_path: Path, **variables: str) -
     return done.returncode, calls.read_text()
 
 
+RUN = "runs/digits-17"
+
+
 def test_the_job_script_requeues_a_stopped_run_and_resumes_it(tmp_path: Path) -> None:
-    code, calls = sbatch(["digits", "train.epochs=9"], "exit 75", tmp_path, SLURM_JOB_ID="17")
+    makes = f"mkdir -p {RUN}; touch {RUN}/config.yaml; "
+    ends = "case $1 in requeue) exit 0 ;; *) exit 75 ;; esac"
+    code, calls = sbatch(["digits", "train.epochs=9"], makes + ends, tmp_path, SLURM_JOB_ID="17")
     assert calls.splitlines() == [
-        "srun gtddp train digits train.epochs=9 run.dir=runs/digits-17",
-        "gtddp train digits train.epochs=9 run.dir=runs/digits-17",
-        "scontrol requeue 17",
+        f"srun --kill-on-bad-exit=0 --wait=60 gtddp train digits train.epochs=9 run.dir={RUN}",
+        f"gtddp train digits train.epochs=9 run.dir={RUN}",
+        f"gtddp requeue {RUN} --exit-code 75",
     ]
     assert code == 0
 
-    # The same job again: from its checkpoint.
-    saved = Path("runs/digits-17/checkpoints/step-00000004")
-    saved.mkdir(parents=True)
-    (saved / "index.json").touch()
-    code, calls = sbatch(["digits", "train.epochs=9"], "exit 0", tmp_path, SLURM_JOB_ID="17")
-    assert calls.splitlines()[-1] == "gtddp train --resume runs/digits-17"
-    assert code == 0
+    # The same job again, and it is not put back.
+    ends = "case $1 in requeue) exit 1 ;; *) exit 137 ;; esac"
+    code, calls = sbatch(["digits", "train.epochs=9"], ends, tmp_path, SLURM_JOB_ID="17")
+    assert calls.splitlines()[1:] == [f"gtddp train --resume {RUN}", f"gtddp requeue {RUN} --exit-code 137"]
+    assert code == 1
 
-    # A start that died before its first checkpoint.
-    shutil.rmtree(saved)
-    Path("runs/digits-17/config.yaml").touch()
-    code, calls = sbatch(["digits", "train.epochs=9"], "exit 1", tmp_path, SLURM_JOB_ID="17")
-    assert calls.splitlines()[-1] == "gtddp train digits train.epochs=9 run.dir=runs/digits-17"
-    assert code == 1 and "requeue" not in calls
-    assert len(list(Path("runs").glob("digits-17.unfinished-*"))) == 1
+
+def test_the_job_script_without_a_run_directory_is_not_put_back(tmp_path: Path) -> None:
+    code, calls = sbatch(["digits", "train.epochs=9"], "exit 2", tmp_path, SLURM_JOB_ID="17")
+    assert code == 2 and "requeue" not in calls
 
 
 def test_the_job_script_without_slurm(tmp_path: Path) -> None:

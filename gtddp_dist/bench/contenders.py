@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.module import PipelineModule
@@ -19,11 +20,12 @@ from ..parts import new_optimizer_of
 from ..pipeline.engine import quiet
 from ..pipeline.grid import Grid
 from ..pipeline.initialize import Engine
+from ..pipeline.plan import expected, stage_costs
 from ..registry import OPTIMIZERS
 from ..tracing import trace
 from ..training_step import Precision
 from ..trajectory import LiveValue, Stage, Trajectory
-from .subject import micro_batch_of, new_model
+from .subject import described, micro_batch_of, new_model
 
 
 class Contender(Protocol):
@@ -51,6 +53,8 @@ class Ours:
         model = new_model(own).to(grid.device)
         trajectory = trace(model, **plain_parts(model, own), projection=own.optimizer.projection or "cooperative")
         precision = Precision(config.train.dtype, grid.device)
+        subject = described(own)
+        stages, unit = stage_costs(own, subject, own.bench.image, Precision(own.train.dtype, torch.device("cpu")))
         self.engine = Engine(
             model,
             trajectory,
@@ -65,6 +69,7 @@ class Ours:
             scaler=precision.new_scaler(),
             sync_batch_norm=own.parallel.sync_batch_norm,
             zero=own.parallel.zero if optimizer == config.optimizer.name else 0,
+            expected=expected(own, subject, stages, unit, cuts),
         )
 
     def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:

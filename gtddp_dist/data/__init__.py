@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["DataSet", "network_input"]
+
+CROP_MARGIN = 4
+"""Pixels around an image, black, out of which `augment` cuts."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,9 @@ class DataSet:
     """Images and labels, split into training and validation samples.
 
     Images have the shape (N, C, H, W) and are either floating point, as the network gets them, or uint8,
-    which `network_input` scales to [0, 1]. Labels have the shape (N,) and hold the class, 0 to `classes - 1`.
+    which are scaled to [0, 1] when a network gets them; with `mean` and `deviation`, of each channel, they are
+    normalised then: (image / 255 - mean) / deviation. Labels have the shape (N,) and hold the class, 0 to
+    `classes - 1`. With `augment` training images are moved by up to CROP_MARGIN pixels and mirrored, at random.
 
     Raises `ValueError` where the parts do not fit together.
     """
@@ -26,6 +33,9 @@ class DataSet:
     validation_images: Tensor
     validation_labels: Tensor
     classes: int
+    mean: tuple[float, ...] | None = None
+    deviation: tuple[float, ...] | None = None
+    augment: bool = False
 
     def __post_init__(self) -> None:
         for part in ("train", "validation"):
@@ -64,6 +74,28 @@ class DataSet:
         """Height and width of an image in pixels."""
         return self.train_images.shape[2], self.train_images.shape[3]
 
+    def batch(self, indices: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+        """Training images (B, C, H, W), normalised and augmented, and labels (B,) of the samples `indices`.
+
+        What is random in it follows from seed and step, so that a resumed run sees the same images.
+        """
+        indices = indices.to(self.train_images.device)
+        images = self.train_images[indices]
+        if self.augment:
+            images = moved(images, np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64))))
+        return self._normalised(images), self.train_labels[indices]
+
+    def validation_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Validation images (size, C, H, W), normalised, and labels (size,); fewer in the last of them."""
+        for images, labels in zip(self.validation_images.split(size), self.validation_labels.split(size), strict=True):
+            yield self._normalised(images), labels
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        if self.mean is None or self.deviation is None:
+            return images
+        mean, deviation = (torch.tensor(each, device=images.device) for each in (self.mean, self.deviation))
+        return (network_input(images, torch.float32) - mean[:, None, None]) / deviation[:, None, None]
+
     def to(self, device: torch.device) -> DataSet:
         """The same data set in the memory of `device`."""
         return replace(
@@ -73,6 +105,20 @@ class DataSet:
             validation_images=self.validation_images.to(device),
             validation_labels=self.validation_labels.to(device),
         )
+
+
+def moved(images: Tensor, random: np.random.Generator) -> Tensor:
+    """Each image of (B, C, H, W) cut at a random place out of itself with a black margin, half of them mirrored."""
+    count, channels, height, width = images.shape
+    offsets = torch.from_numpy(random.integers(0, 2 * CROP_MARGIN + 1, (2, count))).to(images.device)
+    mirrored = torch.from_numpy(random.integers(0, 2, count).astype(bool)).to(images.device)
+    rows = offsets[0][:, None] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(count, width)
+    columns = offsets[1][:, None] + torch.where(mirrored[:, None], columns.flip(1), columns)
+    padded = torch.nn.functional.pad(images, [CROP_MARGIN] * 4)
+    sample = torch.arange(count, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
 def network_input(images: Tensor, dtype: torch.dtype) -> Tensor:

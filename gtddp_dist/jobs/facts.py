@@ -12,8 +12,7 @@ from typing import Literal, TypeAlias
 
 from ..errors import OK, REQUEUE, UserError
 from . import history
-from .history import Decided, Ended, Event, Started, Submitted
-from .submit import outcome
+from .history import Decided, Ended, Event, Started, Submitted, outcome
 
 Phase: TypeAlias = Literal["new", "submitted", "running", "requeued", "done", "stopped", "failed"]
 """new: neither submitted nor started; submitted: not started since; running: started, and no end recorded (it may have

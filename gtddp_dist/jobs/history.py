@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TypeAlias
 
-from ..errors import UserError
+from ..errors import OK, UserError
 
 FILE = "history.jsonl"
 _TAIL_BYTES = 1 << 16
@@ -137,3 +137,27 @@ def since_submission(events: Sequence[Event]) -> list[Event]:
     """What has happened since the run was submitted last; everything where it never was."""
     newest = max((at for at, event in enumerate(events) if isinstance(event, Submitted)), default=-1)
     return list(events[newest + 1 :])
+
+
+def last_end(events: Sequence[Event]) -> Ended | None:
+    """How the processes of the newest start ended by themselves; None where they did not, or have not yet."""
+    for event in reversed(events):
+        if isinstance(event, Ended):
+            return event
+        if isinstance(event, Started | Submitted | Decided):
+            break
+    return None
+
+
+def outcome(events: Sequence[Event], executor: str) -> int | None:
+    """How a run has ended for good since it was submitted: its exit code; None while it has not.
+
+    A Slurm job's script has the last word on every end but a good one.
+    """
+    now = since_submission(events)
+    last = now[-1] if now else None
+    if isinstance(last, Decided) and not last.requeued:
+        return last.code
+    if isinstance(last, Ended) and (last.code == OK or executor != "slurm"):
+        return last.code
+    return None

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import from_yaml
 from ..errors import BAD_INPUT, FAILED, OK, REQUEUE, UserError
-from .history import Decided, Ended, Event, Started, Submitted, last_step, read, record, since_submission
+from .history import Decided, Ended, Event, Started, last_end, last_step, read, record, since_submission
 
 SCONTROL_TIMEOUT_S = 60.0
 _REQUEUE_SIGNAL = "SIGUSR2"
@@ -35,6 +35,7 @@ class Job:
     """The Slurm job that this process is in."""
 
     number: str
+    """By which Slurm knows it and no other: 12, or 12_3 for a task of an array."""
     restart: int
     """How often it had been put back when this start began."""
 
@@ -47,6 +48,9 @@ class Job:
                 "gtddp requeue is the last line of a Slurm job's script: it needs SLURM_JOB_ID, and a number as "
                 "SLURM_RESTART_COUNT where there is one"
             )
+        if "SLURM_ARRAY_TASK_ID" in environ:
+            # One task of an array has the number of the array as its own: by that Slurm would take all of them.
+            number = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
         return Job(number, int(restart))
 
 
@@ -62,9 +66,9 @@ def decide(events: Sequence[Event], exit_code: int, step: int, max_restarts: int
     life = since_submission(events)
     former = [event for event in life if isinstance(event, Decided)]
     now = life[life.index(former[-1]) + 1 :] if former else life
-    ended = next((event for event in reversed(now) if isinstance(event, Ended)), None)
+    ended = last_end(events)
     started = any(isinstance(event, Started) for event in now)
-    code = exit_code if ended is None else ended.code
+    code = exit_code_of(events, exit_code)
     if code == OK:
         return Decision(False, "done")
     if code == BAD_INPUT:
@@ -97,6 +101,7 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         _say(f"job {job.number} has been started {restarts - job.restart} more times since: left alone")
         return exit_code
     back = False
+    codes: list[int] = []
     for run in runs:
         events = read(run)
         if is_settled(events):
@@ -104,7 +109,7 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         config = from_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
         step = last_step(run)
         decision = decide(events, exit_code, step, config.launch.max_restarts)
-        code = _code_of(events, exit_code)
+        code = exit_code_of(events, exit_code)
         record(
             run,
             Decided(
@@ -118,8 +123,10 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
         )
         _say(f"{run}: {decision.reason}: {'put back into the queue' if decision.requeue else 'not put back'}")
         back |= decision.requeue
+        codes.append(code)
     if not back:
-        return exit_code
+        # A signal may come to processes that are done and about to end: then srun has another code than the runs.
+        return OK if codes and all(code == OK for code in codes) else exit_code
     done = _scontrol("requeue", job.number)
     if done.returncode != 0:
         _say(f"scontrol requeue {job.number} failed: {done.stderr.strip()}")
@@ -127,19 +134,16 @@ def requeue(runs: Sequence[Path], exit_code: int, environ: Mapping[str, str] = o
     return OK
 
 
+def exit_code_of(events: Sequence[Event], exit_code: int) -> int:
+    """How the run itself says that its newest start ended, else the exit code of srun, which is one for all tasks."""
+    ended = last_end(events)
+    return exit_code if ended is None else ended.code
+
+
 def is_settled(events: Sequence[Event]) -> bool:
     """Whether the run needs no further start: since its submission it was decided not to put it back."""
     decided = [event for event in since_submission(events) if isinstance(event, Decided)]
     return bool(decided) and not decided[-1].requeued
-
-
-def _code_of(events: Sequence[Event], exit_code: int) -> int:
-    for event in reversed(events):
-        if isinstance(event, Ended):
-            return event.code
-        if isinstance(event, Started | Decided | Submitted):
-            break
-    return exit_code
 
 
 def _because(ended: Ended | None) -> str:

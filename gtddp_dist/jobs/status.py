@@ -18,7 +18,6 @@ from ..errors import OK, UserError
 from ..run_folder import CONFIG, DEFAULT_PARENT
 from .facts import Facts, read_facts
 from .scheduler import UNKNOWN, JobState, Scheduler
-from .submit import is_alive
 
 TRIALS = "trials"
 """Folder of a sweep that holds its runs."""
@@ -130,9 +129,18 @@ def _job(facts: Facts, jobs: Mapping[str, JobState]) -> JobState | None:
         return None
     if facts.executor == "slurm":
         return jobs.get(facts.job)
-    if is_alive(facts.job, "local"):
+    if _lives(facts.job):
         return None
     return JobState(job=facts.job, state=UNKNOWN, reason="its process is gone")
+
+
+def _lives(process: str) -> bool:
+    """Whether the process of a local job, submitit's controller on this host, is still at work."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"  # one that has ended, and that its parent has not asked about
 
 
 def _status(facts: Facts, job: JobState | None) -> RunStatus:

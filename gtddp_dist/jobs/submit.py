@@ -26,7 +26,8 @@ from ..config_schema import Config, LaunchConfig
 from ..errors import FAILED, OK, UserError
 from ..files import write_text_atomically
 from ..run_folder import CONFIG, fill, new_path, refuse_used
-from .history import Decided, Ended, Event, Submitted, read, record, since_submission
+from .history import Submitted, last_end, outcome, read, record
+from .scheduler import Scheduler
 from .script import (
     minutes,
     one_task,
@@ -37,6 +38,7 @@ from .script import (
     task_of_array,
     teardown_lines,
 )
+from .status import survey
 from .task import run_task
 
 WAIT_POLL_S = 1.0
@@ -97,7 +99,7 @@ def submit_runs(runs: Sequence[Prepared], folder: Path, name: str) -> list[str]:
     if launch.executor == "debug":
         return [job for pack in packs for job in _debug(pack, folder)]
     numbers: list[str] = []
-    longest = _longest_array() if launch.executor == "slurm" else len(packs)
+    longest = _longest_array() if launch.executor == "slurm" and len(packs) > 1 else len(packs)
     for first in range(0, len(packs), longest):
         chunk = packs[first : first + longest]
         jobs = _slurm(chunk, config, folder, name) if launch.executor == "slurm" else _local(chunk, launch, folder)
@@ -146,6 +148,11 @@ def run_resubmit(path: Path, config: Config, *, wait: bool) -> int:
     """Submits an existing run again, to be continued; the exit code of the command."""
     check_launch(config)
     check_executor(config.launch)
+    [status], _ = survey([path], Scheduler())
+    if not status.over:
+        raise UserError(
+            f"{path}: its job {status.job} is {status.state}: wait until it ends, or end it (scancel {status.job})"
+        )
     write_text_atomically(path / CONFIG, to_yaml(config))  # the job reads where and on which grid it goes on
     return _submit_one(Prepared(path.absolute(), config), path.absolute().name, wait=wait)
 
@@ -157,7 +164,7 @@ def _submit_one(run: Prepared, name: str, *, wait: bool) -> int:
         return FAILED if code is None else code
     shown = run.path.relative_to(Path.cwd()) if run.path.is_relative_to(Path.cwd()) else run.path
     print(f"{shown}: job {job}; its logs are in {shown / FOLDER}, its state: gtddp status {shown}", flush=True)
-    return wait_for(run.path, job, run.config.launch.executor) if wait else OK
+    return wait_for(run.path, run.config.launch.executor) if wait else OK
 
 
 def check_executor(launch: LaunchConfig) -> None:
@@ -238,50 +245,21 @@ def _longest_array() -> int:
     return max(1, int(match[1]) - 1)
 
 
-def wait_for(run: Path, job: str, executor: str) -> int:
-    """Returns once the run has ended and is not put back: with its exit code, FAILED where its job is gone without."""
-    asked = time.monotonic()
-    while (code := outcome(read(run), executor)) is None:
+def wait_for(run: Path, executor: str) -> int:
+    """Returns once the run has ended and is not put back: with its exit code, FAILED where its job is gone without.
+
+    The run directory is looked into often, the scheduler asked rarely. Raises UserError where it cannot be asked.
+    """
+    scheduler, asked = Scheduler(), time.monotonic()
+    while True:
+        code = outcome(read(run), executor)
+        if code is not None:
+            return code
         time.sleep(WAIT_POLL_S)
         if time.monotonic() - asked > WAIT_QUERY_S:
             asked = time.monotonic()
-            if not is_alive(job, executor):
-                time.sleep(WAIT_POLL_S)  # what it wrote last may be seen late on a network file system
-                code = outcome(read(run), executor)
-                if code is None:
-                    print(f"gtddp: job {job} of {run} is gone, and left no exit code", file=sys.stderr)
-                    return FAILED
-                break
-    return code
-
-
-def outcome(events: Sequence[Event], executor: str) -> int | None:
-    """How a run has ended for good since it was submitted: its exit code; None while it has not.
-
-    A Slurm job's script has the last word on every end but a good one.
-    """
-    now = since_submission(events)
-    last = now[-1] if now else None
-    if isinstance(last, Decided) and not last.requeued:
-        return last.code
-    if isinstance(last, Ended) and (last.code == OK or executor != "slurm"):
-        return last.code
-    return None
-
-
-def is_alive(job: str, executor: str) -> bool:
-    """Whether a job waits or runs."""
-    if executor != "slurm":  # submitit's controller, a process of this host
-        try:
-            state = Path(f"/proc/{job}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return state != "Z"  # one that this process has started, and has not been told the end of
-    done = subprocess.run(
-        ["squeue", "--noheader", f"--jobs={job}", "--format=%T"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode == 0 and done.stdout.strip() != ""
+            [status], _ = survey([run], scheduler)
+            if status.over:
+                print(f"gtddp: {run} {status.state}: {status.reason}", file=sys.stderr)
+                ended = last_end(read(run))
+                return FAILED if ended is None else ended.code

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ..environment import select_device
-from ..errors import ToldElsewhere, UserError
+from ..errors import UserError
 from ..launch import Ranks, Rendezvous
 from ..liveness import Heartbeats
 from .grid import Backend, Grid, Shape, end_distributed, start_distributed
@@ -83,7 +83,7 @@ class Company:
         backend: Backend = place.backend or ("nccl" if device.type == "cuda" else "gloo")
         with ExitStack() as stack:
             rendezvous = Rendezvous(place.ranks)
-            _raise_together(place.ranks, rendezvous.allgather("preparing the run", self._problem))
+            rendezvous.prepared(self._problem)
             rendezvous.agree(self._facts)
             if place.ranks.world > 1:
                 self._heartbeats = stack.enter_context(
@@ -132,24 +132,11 @@ def company(
     Args:
         place: where this one is.
         facts: what all must have the same: versions, configuration, cuts.
-        problem: what kept this rank from preparing the run; raised on every rank, as an error of the user's.
+        problem: what kept this rank from preparing the run; rank 0 raises it, the others ToldElsewhere.
         advice: what to do once a rank is lost.
         lost_after_s: seconds without a sign of life after which one is.
     """
     return Company(place, facts, problem, advice, lost_after_s)
-
-
-def _raise_together(ranks: Ranks, problems: list[str]) -> None:
-    """Raise what any rank found wrong on all of them; rank 0 tells it."""
-    found = [(rank, text) for rank, text in enumerate(problems) if text]
-    if not found:
-        return
-    if ranks.rank != 0:
-        raise ToldElsewhere
-    texts = dict.fromkeys(text for _, text in found)
-    if len(texts) == 1 and len(found) == ranks.world:
-        raise UserError(found[0][1])
-    raise UserError("; ".join(f"rank {rank}: {text}" for rank, text in found))
 
 
 def _end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -9,25 +10,31 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal, cast
 
+from ..config_schema import PlanConfig
 from ..errors import UserError
 from ..files import write_text_atomically
 from .counting import Counting, Metric, StageCosts, count_stages
 from .order import StepShape
-from .simulate import RankCosts
+from .simulate import Link, RankCosts
 
 __all__ = [
     "CostFile",
     "Counting",
+    "Expected",
     "Metric",
     "StageCosts",
     "WorkUnit",
     "balanced_cuts",
     "check_cuts",
     "count_stages",
+    "link_of",
     "read_costs",
     "segment_costs",
+    "speed_of",
     "write_costs",
 ]
+
+WorkUnit = Literal["operations", "seconds"]
 
 _NUMBER = 8  # bytes of a number of the recursion: float64
 
@@ -106,6 +113,33 @@ def _check_pipe(pipe: int, stages: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What the work of a step is expected to take: ranks put it in order by that.
+
+    Attributes:
+        costs: of every pipeline rank.
+        link: between neighbours.
+    """
+
+    costs: tuple[RankCosts, ...]
+    link: Link
+
+    def digest(self) -> str:
+        """Equal where ranks expect the same."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
+
+def link_of(plan: PlanConfig) -> Link:
+    """The connection between two ranks that is assumed."""
+    return Link(plan.bandwidth * 1e9, plan.latency_us * 1e-6)
+
+
+def speed_of(plan: PlanConfig, unit: WorkUnit) -> float:
+    """Units of work that a rank is assumed to do in a second."""
+    return plan.tflops * 1e12 if unit == "operations" else 1.0
+
+
 def segment_costs(
     costs: Sequence[StageCosts], cuts: Sequence[int], shape: StepShape, counting: Counting, speed: float = 1.0
 ) -> list[RankCosts]:
@@ -175,8 +209,6 @@ def segment_costs(
 
 FORMAT = "gtddp-costs"
 VERSION = 1
-
-WorkUnit = Literal["operations", "seconds"]
 
 
 @dataclass(frozen=True)

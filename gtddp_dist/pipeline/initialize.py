@@ -18,14 +18,24 @@ from torch.optim import Optimizer
 from .. import __version__
 from ..checkpoint import CheckpointError, newest_agreed, set_aside
 from ..checkpoint_writer import Writer
+from ..config_schema import PlanConfig
 from ..errors import UserError
-from ..launch import alone, discover
+from ..launch import alone, discover, told_once
 from ..optimizer import GTDDP
 from ..tracing import Projection, trace
 from ..training_state import Progress, TrainingState, attempt_name
 from ..trajectory import Trajectory, from_stages
 from .company import Company, Place, company
-from .costs import balanced_cuts, check_cuts, count_stages
+from .costs import (
+    Counting,
+    Expected,
+    balanced_cuts,
+    check_cuts,
+    count_stages,
+    link_of,
+    segment_costs,
+    speed_of,
+)
 from .grid import Backend, Grid, Shape
 from .order import StepShape, rank_orders, step_shape
 from .segment import check_modes
@@ -51,11 +61,14 @@ class Engine:
         autocast: the context of every forward pass.
         scaler: scales losses, for float16.
         zero: 1: replicas share out the state of an optimizer of torch.optim (ZeRO-1).
+        expected: what the instructions of a step take, to put them in order by; None: all as long. Results do not
+            depend on it.
 
     Attributes:
         segment: what this rank owns.
         optimizer: its optimizer.
-        worker: carries out the instructions of a step, and measures them.
+        order: the instructions of a step.
+        worker: carries them out, and measures them.
     """
 
     def __init__(
@@ -74,6 +87,7 @@ class Engine:
         scaler: torch.amp.GradScaler | None = None,
         sync_batch_norm: bool = False,
         zero: int = 0,
+        expected: Expected | None = None,
     ) -> None:
         from .engine import PartitionedModel, new_engine, quiet  # deepspeed takes a second to import
 
@@ -107,7 +121,8 @@ class Engine:
             autocast=autocast,
             loss_scale=(lambda: 1.0) if scaler is None else scaler.get_scale,
         )
-        self._engine.order = rank_orders(self.shape)[grid.segment]
+        costs, link = (None, None) if expected is None else (expected.costs, expected.link)
+        self.order = self._engine.order = rank_orders(self.shape, costs, link)[grid.segment]
         self._scale = None if scaler is None else _ScaleKeeper(scaler)
         self._writer: Writer | None = None
         self._company: Company | None = None
@@ -262,7 +277,8 @@ def initialize(
         model_fn: makes the whole model, in host memory; with the seed set, so that all ranks make the same.
         optimizer: makes the optimizer of this rank's segment, which is given as a module.
         micro_batch: samples of a micro-batch.
-        sample: an input of the model's shape and type; only those count. The cost of stages is counted with it.
+        sample: an input of the model's shape and type; only those count. The cost of stages is counted with it, as of
+            GT-DDP on SGD: cuts and the order of a step's work follow it.
         pipe: segments.
         data: replicas.
         n_micro: micro-batches of a replica in a step.
@@ -278,29 +294,46 @@ def initialize(
 
     Raises:
         UserError: not pipe x data ranks, more ranks than stages, cuts that do not exist, ranks that disagree, a forward
-            pass that depends on training mode other than through modules.
+            pass that depends on training mode other than through modules. It says so on rank 0; the others raise its
+            subclass ToldElsewhere.
     """
     shape = Shape(pipe, data)
     ranks = discover() or alone()
     if ranks.world != shape.world:
-        raise UserError(
-            f"initialize: the grid {shape} needs {shape.world} ranks, but {ranks.world} "
-            f"{'was' if ranks.world == 1 else 'were'} started ({ranks.started_by}); start the program with torchrun "
-            f"--nproc-per-node={shape.world}, mpirun -n {shape.world} or srun --ntasks={shape.world}"
+        raise told_once(
+            UserError(
+                f"initialize: the grid {shape} needs {shape.world} ranks, but {ranks.world} "
+                f"{'was' if ranks.world == 1 else 'were'} started ({ranks.started_by}); start the program with "
+                f"torchrun --nproc-per-node={shape.world}, mpirun -n {shape.world} or srun --ntasks={shape.world}"
+            )
         )
     torch.manual_seed(seed)
     model = model_fn()
-    trajectory = (
-        trace(model, plain_modules, plain_parameters, projection)
-        if stages is None
-        else from_stages(model, stages(model), plain_modules, plain_parameters)
-    )
-    check_modes(trajectory)
-    if cuts is None:
-        cuts = balanced_cuts(count_stages(trajectory, sample[:micro_batch]), pipe)
-    check_cuts(cuts, pipe, len(trajectory.stages))
+    try:
+        trajectory = (
+            trace(model, plain_modules, plain_parameters, projection)
+            if stages is None
+            else from_stages(model, stages(model), plain_modules, plain_parameters)
+        )
+        check_modes(trajectory)
+        counted = count_stages(trajectory, sample[:micro_batch])
+        if cuts is None:
+            cuts = balanced_cuts(counted, pipe)
+        check_cuts(cuts, pipe, len(trajectory.stages))
+    except UserError as error:
+        raise told_once(error) from error
     place = Place(ranks, shape, tuple(cuts), len(trajectory.stages), torch.device(device) if device else None, backend)
-    facts = {"gtddp-dist": __version__, "torch": torch.__version__, "grid": str(shape), "cuts": json.dumps(list(cuts))}
+    expected = Expected(
+        tuple(segment_costs(counted, cuts, StepShape(pipe, n_micro), Counting(), speed_of(PlanConfig(), "operations"))),
+        link_of(PlanConfig()),
+    )
+    facts = {
+        "gtddp-dist": __version__,
+        "torch": torch.__version__,
+        "grid": str(shape),
+        "cuts": json.dumps(list(cuts)),
+        "costs": expected.digest(),
+    }
     joined = company(place, facts, lost_after_s=lost_after_s)
     grid = joined.__enter__()
     try:
@@ -315,6 +348,7 @@ def initialize(
             micro_batch=micro_batch,
             n_micro=n_micro,
             clip_norm=clip_norm,
+            expected=expected,
         )
     except BaseException as error:
         joined.__exit__(type(error), error, error.__traceback__)

@@ -44,17 +44,28 @@ class Channels:
         everyone = list(range(grid.shape.world))
         self._groups = {kind: dist.group.WORLD if by_tag else dist.new_group(everyone) for kind in KINDS}
         self._tags = {kind: index if by_tag else 0 for index, kind in enumerate(KINDS)}
-        self._sending: list[tuple[dist.Work, Tensor]] = []
+        self._sending: dict[tuple[str, int], deque[list[tuple[dist.Work, Tensor]]]] = {}
         self._posted: dict[tuple[str, int], deque[list[tuple[dist.Work, Tensor]]]] = {}
 
     def send(self, kind: str, segment: int, tensors: Sequence[Tensor]) -> None:
-        """Start to send; the tensors must not be changed before :meth:`flush`."""
+        """Start to send; the tensors must not be changed, and are kept, until :meth:`delivered` or :meth:`flush`."""
+        self._sending.setdefault((kind, segment), deque()).append(self._start(kind, segment, tensors))
+
+    def _start(self, kind: str, segment: int, tensors: Sequence[Tensor]) -> list[tuple[dist.Work, Tensor]]:
         peer = self._grid.shape.rank(segment, self._grid.replica)
+        started = []
         for tensor in tensors:
             content = tensor.detach().contiguous()
             self.traffic.bytes_sent[kind] += content.nbytes
             work = dist.isend(content, peer, group=self._groups[kind], tag=self._tags[kind])
-            self._sending.append((cast(dist.Work, work), content))
+            started.append((cast(dist.Work, work), content))
+        return started
+
+    def delivered(self, kind: str, segment: int) -> None:
+        """Let go of the oldest message of this kind that is kept, if any: it is known to have arrived."""
+        if waiting := self._sending.get((kind, segment)):
+            for work, _ in waiting.popleft():
+                work.wait()
 
     def post(self, kind: str, segment: int, forms: Sequence[Form]) -> None:
         """Make room for one message, so that it can arrive while this rank works."""
@@ -83,8 +94,9 @@ class Channels:
     def flush(self) -> None:
         """Wait until everything that was sent has gone."""
         started = time.perf_counter()
-        for work, _ in self._sending:
-            work.wait()
+        for message in (message for waiting in self._sending.values() for message in waiting):
+            for work, _ in message:
+                work.wait()
         self._sending.clear()
         self.traffic.waited += time.perf_counter() - started
 
@@ -93,7 +105,8 @@ class Channels:
     def send_layout(self, kind: str, segment: int, layout: Layout) -> None:
         """Send what messages of live values will look like."""
         data = torch.frombuffer(bytearray(layout.to_json().encode()), dtype=torch.uint8).to(self._grid.device)
-        self.send(kind, segment, [torch.tensor([len(data)], device=self._grid.device), data])
+        size = torch.tensor([len(data)], device=self._grid.device)
+        self._sending.setdefault(("layout", segment), deque()).append(self._start(kind, segment, [size, data]))
 
     def receive_layout(self, kind: str, segment: int) -> Layout:
         """Wait for the other end's :meth:`send_layout`."""

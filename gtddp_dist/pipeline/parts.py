@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import resource
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +34,10 @@ from ..training_state import Progress, TrainingState
 from ..training_step import Precision, StepResult
 from ..trajectory import Trajectory
 from .company import Company, Place, company
-from .costs import balanced_cuts, check_cuts
+from .costs import Expected, balanced_cuts, check_cuts
 from .grid import Grid, Shape
 from .initialize import Engine
-from .plan import describe, stage_costs
+from .plan import describe, expected, stage_costs
 from .segment import check_modes
 
 
@@ -48,6 +49,7 @@ class Prepared:
     model: nn.Module
     trajectory: Trajectory
     cuts: tuple[int, ...]
+    expected: Expected
 
 
 def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
@@ -70,13 +72,13 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     check_modes(trajectory)
     pipe = config.parallel.pipe
     chosen = config.parallel.cuts if cuts is None else cuts
+    twin = copy.deepcopy(model).to("meta")  # an optimizer's hooks must not see the counting
+    subject = describe(config, twin, trajectory, data.classes)
+    stages, unit = stage_costs(config, subject, data.train_images.shape[1:], precision)
     if chosen is None:
-        twin = copy.deepcopy(model).to("meta")  # an optimizer's hooks must not see the counting
-        subject = describe(config, twin, trajectory, data.classes)
-        stages, _ = stage_costs(config, subject, data.train_images.shape[1:], precision)
         chosen = balanced_cuts(stages, pipe)
     check_cuts(chosen, pipe, len(trajectory.stages))
-    return Prepared(data, model, trajectory, tuple(chosen))
+    return Prepared(data, model, trajectory, tuple(chosen), expected(config, subject, stages, unit, chosen))
 
 
 @contextmanager
@@ -99,6 +101,7 @@ def met(config: Config, ranks: Ranks, cuts: Sequence[int] | None, advice: str) -
         "grid": str(shape),
         "configuration": config_hash(config),
         "cuts": json.dumps(list(known)),
+        "costs": prepared.expected.digest() if prepared else "",  # a measured cost file is each host's own
     }
     together = company(place, facts, problem=problem, advice=advice, lost_after_s=config.parallel.lost_after_s)
     with together as grid:
@@ -138,8 +141,7 @@ class RankParts(Parts):
 
     def validate(self) -> dict[str, float]:
         grid, data, size = self._engine.grid, self.data, self.config.eval.batch_size
-        batches = list(zip(data.validation_images.split(size), data.validation_labels.split(size), strict=True))
-        mine = batches[grid.replica :: grid.shape.data]
+        mine = itertools.islice(data.validation_batches(size), grid.replica, None, grid.shape.data)
         measured = self._engine.evaluate((network_input(x, self.precision.dtype), y) for x, y in mine)
         return {f"val/{name}": value for name, value in measured.items()}
 
@@ -220,6 +222,7 @@ def build_on(grid: Grid, config: Config, prepared: Prepared) -> RankParts:
         scaler=scaler,
         sync_batch_norm=config.parallel.sync_batch_norm,
         zero=config.parallel.zero,
+        expected=prepared.expected,
     )
     if grid.rank > 0:  # other dropout masks in every rank; rank 0 goes on where making the network left off
         torch.manual_seed(int(np.random.SeedSequence([config.train.seed, grid.rank]).generate_state(1)[0]))

@@ -25,14 +25,17 @@ from ..training_step import Precision
 from ..trajectory import Trajectory
 from .costs import (
     Counting,
+    Expected,
     Metric,
     StageCosts,
     WorkUnit,
     balanced_cuts,
     check_cuts,
     count_stages,
+    link_of,
     read_costs,
     segment_costs,
+    speed_of,
 )
 from .order import StepShape, one_forward_one_backward, rank_orders, step_shape, zero_bubble
 from .simulate import Link, RankCosts, Timeline, simulate
@@ -275,8 +278,8 @@ def run_plan(config: Config, config_name: str, out: Path | None) -> int:
         stages,
         subject.shape,
         subject.counting,
-        Link(config.plan.bandwidth * 1e9, config.plan.latency_us * 1e-6),
-        speed=config.plan.tflops * 1e12 if unit == "operations" else 1.0,
+        link_of(config.plan),
+        speed=speed_of(config.plan, unit),
         data=config.parallel.data,
         cuts=config.parallel.cuts,
         base_cotangents=subject.base_cotangents,
@@ -328,6 +331,22 @@ def stage_costs(
             f"{subject.samples}: adapt train.batch_size, train.micro_batches or parallel.data"
         )
     return file.stages, file.unit
+
+
+def expected(
+    config: Config, subject: Subject, stages: Sequence[StageCosts], unit: WorkUnit, cuts: Sequence[int]
+) -> Expected:
+    """What a configuration's step is expected to take on ranks, as `gtddp plan` shows it.
+
+    Args:
+        config: whose group plan says the machine.
+        subject: its step.
+        stages: its stages' costs.
+        unit: of their work.
+        cuts: first stage of every segment but the first.
+    """
+    costs = segment_costs(stages, cuts, subject.shape, subject.counting, speed_of(config.plan, unit))
+    return Expected(tuple(costs), link_of(config.plan))
 
 
 def _regime(shape: StepShape) -> str:

@@ -282,7 +282,10 @@ def _peak_bytes(order: Sequence[Instruction], cost: RankCosts) -> float:
     # What uses captured data last, for one micro-batch or for all of them.
     release = next((op for op in (Op.WEIGHT, Op.ROLLOUT, Op.STATISTICS) if counts[op]), None)
     by_micro_batch = release is Op.WEIGHT and counts[Op.WEIGHT] == counts[Op.FORWARD]
+    # Statistics are made of all micro-batches: none is let go before them.
+    waits = bool(by_micro_batch and counts[Op.STATISTICS] and cost.statistics_bytes)
     kept = captured = most = 0.0
+    formed = 0
     for step in order:
         if step.op is Op.FORWARD:
             kept += cost.kept_bytes
@@ -291,6 +294,10 @@ def _peak_bytes(order: Sequence[Instruction], cost: RankCosts) -> float:
             kept -= cost.kept_bytes
             captured += cost.captured_bytes
         elif step.op is release:
-            captured = captured - cost.captured_bytes if by_micro_batch else 0.0
+            formed += 1
+            captured = captured - cost.captured_bytes * (not waits) if by_micro_batch else 0.0
+        elif step.op is Op.STATISTICS and waits:
+            captured -= formed * cost.captured_bytes
+            waits = False
         most = max(most, kept + captured)
     return 2 * cost.parameter_bytes + cost.optimizer_bytes + most

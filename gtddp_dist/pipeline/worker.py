@@ -21,7 +21,7 @@ from ..capture import MicroBatch, Stream
 from ..diagnostics import StepFacts
 from ..errors import CurvatureError
 from ..groups import RecursionGroup, recursion_groups
-from ..optimizer import GTDDP, values_finite
+from ..optimizer import GTDDP, all_finite, derivatives, values_finite
 from ..step import Grads, Step
 from ..sweep import Value
 from ..trajectory import LiveValue
@@ -63,6 +63,8 @@ class _Work:
     states: list[tuple[LiveValue, ...]] = field(default_factory=list)
     gradient: dict[int, Grads] = field(default_factory=dict)
     correction: dict[int, Grads] = field(default_factory=dict)
+    mean: dict[int, Grads] = field(default_factory=dict)
+    finite: list[Tensor] = field(default_factory=list)
     whole: Step | None = None
     facts: StepFacts = field(default_factory=StepFacts)
     correct: int = 0
@@ -119,8 +121,11 @@ class Worker:
         self._buffers: list[Tensor] = []
         self._work = _Work()
         self._ahead: dict[str, list[int]] = {}
+        self._lets_go = False
+        """Whether nothing needs a micro-batch's captured data once its weight-gradients are formed."""
         if isinstance(optimizer, GTDDP):
             optimizer.first_sample = grid.replica * micro_batch * shape.n_micro
+            self._lets_go = shape.by == "micro_batch" and not optimizer.curvature.needs_samples
         self._do: dict[Op, Callable[[int], None]] = {
             Op.LOAD: lambda m: None,
             Op.RECV_ACTIVATION: self._receive_activation,
@@ -298,6 +303,7 @@ class Worker:
         if not self.channels.is_posted("gradient", source):
             self.channels.post("gradient", source, self._after.gradient_forms)
         self._work.output_grads[m] = self.channels.receive("gradient", source)
+        self.channels.delivered("activation", source)  # or there would be no gradient of it
         if m + 1 < self.shape.n_micro:
             self.channels.post("gradient", source, self._after.gradient_forms)
 
@@ -305,10 +311,14 @@ class Worker:
         work = self._work
         if self.last:
             (work.losses[m] * self._loss_scale()).backward()
+            work.losses[m] = work.losses[m].detach()  # its graph holds on to what was captured
         else:
             torch.autograd.backward(self._carrying(work.outputs.pop(m)), work.output_grads.pop(m))
         if m in work.captured:
             work.captured[m].edges.clear()
+            if self._lets_go and not self.shape.feedback:
+                self._form(self._new_step([m]))
+                self._let_go(m)
 
     def _carrying(self, live: Sequence[LiveValue]) -> list[Tensor]:
         """Those live tensors at the segment's last cut that carry a gradient."""
@@ -394,11 +404,13 @@ class Worker:
         """The step over all micro-batches of this replica, with its mean gradient over all replicas."""
         work = self._work
         if work.whole is None:
-            micro_batches = range(self.shape.n_micro)
-            self._gtddp.check([work.captured[m] for m in micro_batches])
+            captured = [work.captured[m] for m in sorted(work.captured)]  # none where they were let go
+            if not self._lets_go:
+                self._gtddp.check(captured)
             self._unscale()
-            work.whole = self._new_step(micro_batches)
-            self._gtddp.fill_gradients(work.whole)
+            groups = self._groups(self.shape.n_micro)
+            work.whole = self._gtddp.new_step(captured, groups, self._samples, self._loss_scale(), self.grid)
+            self._gtddp.fill_gradients(work.whole, work.mean if self._lets_go else None)
         return work.whole
 
     def _unscale(self) -> None:
@@ -420,7 +432,7 @@ class Worker:
         try:
             yield
         except torch.linalg.LinAlgError:
-            if self._all_finite():
+            if self._finite_so_far():
                 raise
             self._work.poisoned = True
 
@@ -463,6 +475,9 @@ class Worker:
         sizes = [group.samples * step.rows for group in step.groups]
         self.channels.post("feedback", source, [(torch.float64, (sum(sizes),))])
         (packed,) = self.channels.receive("feedback", source)
+        if self.shape.by == "micro_batch":  # upstream has used what went there
+            self.channels.delivered("gradient", source)
+            self.channels.delivered("cotangent", source)
         self._work.phis[u] = list(packed.split(sizes))
 
     def _no_feedback(self, step: Step) -> list[Tensor]:
@@ -480,16 +495,32 @@ class Worker:
         self.channels.send("feedback", self.grid.segment + 1, [torch.cat(self._work.phis[u])])
 
     def _weight(self, u: int) -> None:
-        """Weighted weight-gradients, added up over units; what a unit held is then free."""
-        work, step = self._work, self._work.units[u]
-        with torch.no_grad():
-            for player in step.trajectory.players:
-                for found, total in zip(step.collect(player), (work.gradient, work.correction), strict=True):
-                    kept = total.setdefault(player.index, {})
-                    for name, grad in found.items():
-                        kept[name] = kept[name] + grad if name in kept else grad
+        """Weighted weight-gradients; what a unit held is then free."""
+        self._form(self._work.units[u])
         if self.shape.by == "micro_batch":
-            del work.units[u]
+            del self._work.units[u]
+            if self._lets_go:
+                self._let_go(u)
+
+    @torch.no_grad()
+    def _form(self, step: Step) -> None:
+        """What the samples of a unit add to the controls, added up over units."""
+        work = self._work
+        apart = self._lets_go and self._gtddp.options.capture == "weighted"
+        for player in step.trajectory.players:
+            mean = self._gtddp.mean_gradient(step, player) if apart else {}
+            parts = (*step.collect(player), mean)
+            for found, total in zip(parts, (work.gradient, work.correction, work.mean), strict=True):
+                kept = total.setdefault(player.index, {})
+                for name, grad in found.items():
+                    kept[name] = kept[name] + grad if name in kept else grad
+
+    def _let_go(self, m: int) -> None:
+        """Free what was captured of a micro-batch."""
+        captured = self._work.captured.pop(m)
+        self._gtddp.check([captured])
+        self._work.finite.append(all_finite(derivatives([captured])))
+        self._gtddp.capture.forget(captured)
 
     # ------------------------------------------------------------------------------------------------------
     # Once a step
@@ -518,7 +549,7 @@ class Worker:
                 total[index][name] = value
 
     def _statistics(self, _: int) -> None:
-        if not isinstance(self.optimizer, GTDDP):
+        if not (isinstance(self.optimizer, GTDDP) and self.optimizer.curvature.needs_samples):
             return
         try:
             with torch.no_grad():
@@ -526,26 +557,27 @@ class Worker:
         except CurvatureError as error:
             self._work.failure = str(error)
 
-    def _all_finite(self) -> bool:
-        """Whether what this rank has of the step so far is finite."""
+    def _finite_so_far(self) -> bool:
+        """Whether the losses of this rank are finite, and what its backward passes have left."""
         work = self._work
-        if isinstance(self.optimizer, GTDDP):
-            step = work.whole or self._new_step(range(self.shape.n_micro))
-            if not self.optimizer.is_finite(step) or work.poisoned:
-                return False
-            if not all(values_finite(values) for values in work.before.values() if values):
-                return False
+        formed = [g for total in (work.gradient, work.mean) for grads in total.values() for g in grads.values()]
         grads = [p.grad for p in self.segment.parameters() if p.grad is not None]
-        norm = torch.stack([g.detach().norm(math.inf).double() for g in grads]).sum() if grads else torch.zeros(())
-        losses = torch.stack(list(work.losses.values())).sum().detach() if work.losses else torch.zeros(())
-        return math.isfinite(float(norm)) and math.isfinite(float(losses))
+        found = all_finite([*derivatives(work.captured.values()), *work.losses.values(), *grads, *formed])
+        return bool(torch.stack([flag.to(found.device) for flag in (found, *work.finite)]).all())
+
+    def _is_finite(self) -> bool:
+        """The same at an agreement. What was agreed on is not looked at again: only what has come to it."""
+        work = self._work
+        if work.poisoned or not (work.agreed or self._finite_so_far()):
+            return False
+        return all(values_finite(values) for values in work.before.values() if values)
 
     def _agree(self, _: int) -> None:
         """One exchange: whether all is finite, whether anybody failed, the loss, the samples classified right."""
         work = self._work
         loss = sum(float(v.detach()) for v in work.losses.values())
         failed = work.failure is not None
-        finite = self._all_finite()
+        finite = self._is_finite()
         if failed and not finite:
             failed = False  # factors of a step that is refused anyway
         own = [float(not finite), float(failed), loss if math.isfinite(loss) else math.nan, float(work.correct)]
@@ -574,7 +606,7 @@ class Worker:
         whole.update_plain()
         for player in whole.trajectory.players:
             gradient, correction = work.gradient.get(player.index, {}), work.correction.get(player.index, {})
-            if not self.shape.feedback:
+            if not self.shape.feedback and not self._lets_go:
                 gradient, correction = whole.collect(player)
                 gradient = dict(zip(gradient, self.grid.sum_over_replicas(list(gradient.values())), strict=True))
             whole.act(player, gradient, correction)

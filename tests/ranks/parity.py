@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gtddp_dist.launch import Ranks
 from gtddp_dist.pipeline.company import Place, company
+from gtddp_dist.pipeline.costs import Expected
 from gtddp_dist.pipeline.grid import Grid, Shape
 from gtddp_dist.pipeline.initialize import Engine
 from gtddp_dist.tracing import trace
@@ -34,7 +35,7 @@ def work(ranks: Ranks, arguments: Arguments) -> None:
     Path(f"findings-{ranks.rank}.json").write_text(json.dumps(findings))
 
 
-def new_engine(setting: Setting, grid: Grid) -> Engine:
+def new_engine(setting: Setting, grid: Grid, expected: Expected | None = None) -> Engine:
     """A setting's model and optimizer on the grid."""
     model, plain = setting.new_model()
     return Engine(
@@ -48,6 +49,7 @@ def new_engine(setting: Setting, grid: Grid) -> Engine:
         n_micro=setting.n_micro,
         clip_norm=setting.clip_norm if setting.base in TORCH else None,
         zero=int(setting.base == "torch-adam-zero"),
+        expected=expected,
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +17,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_dist import GTDDP, curvature
+from gtddp_dist.capture import MicroBatch
 from gtddp_dist.config import ModelConfig
 from gtddp_dist.launch import Ranks
 from gtddp_dist.models import resnet, small_resnet
 from gtddp_dist.pipeline.company import Place, company
+from gtddp_dist.pipeline.costs import Expected
 from gtddp_dist.pipeline.grid import Grid, Shape
 from gtddp_dist.pipeline.initialize import Engine
-from gtddp_dist.pipeline.worker import Outcome
+from gtddp_dist.pipeline.instructions import Instruction, Op
+from gtddp_dist.pipeline.simulate import Link, RankCosts
+from gtddp_dist.pipeline.worker import Outcome, Worker
 from gtddp_dist.tracing import trace
 
 from .parity import new_engine, own_chunks
@@ -104,6 +110,65 @@ def traffic(ranks: Ranks, arguments: Arguments) -> None:
 
 def _setting(plain: object) -> Setting:
     return Setting(**cast(dict[str, object], plain))  # type: ignore[arg-type]
+
+
+# Order ----------------------------------------------------------------------------------------------------
+
+
+def orders(ranks: Ranks, arguments: Arguments) -> None:
+    """Steps of small settings whose instructions are put in order by other costs: the order, and the weights."""
+    usual = RankCosts(forward=1, backward=1, gram=1, weight=1, cotangent=1)
+    others = {
+        "none": None,
+        "slow links": Expected((usual, usual), Link(1.0, 2.0)),
+        "slow second rank": Expected((usual, replace(usual, forward=3, gram=0.1, weight=4)), Link(1.0, 0.1)),
+    }
+    found = {}
+    with on_grid(ranks, 2, 1) as grid:
+        for setting in map(_setting, cast(list[object], arguments["settings"])):
+            states = []
+            for name, expected in others.items():
+                engine = new_engine(setting, grid, expected)
+                for x, y in setting.batches():
+                    engine.step(own_chunks(setting, grid, x), own_chunks(setting, grid, y))
+                states.append(_state(engine))
+                order = "; ".join(map(str, engine.order))
+                found[f"{setting.name} {name}"] = [order, _equal(states[-1], states[0])]
+    _tell(ranks, found)
+
+
+# Memory ---------------------------------------------------------------------------------------------------
+
+
+def held(ranks: Ranks, arguments: Arguments) -> None:
+    """Most micro-batches whose captured data are there at a time, in steps of small settings; also by the order."""
+    found = {}
+    with on_grid(ranks, 2, 1) as grid:
+        for setting in map(_setting, cast(list[object], arguments["settings"])):
+            engine = new_engine(setting, grid)
+            captured: list[weakref.ref[MicroBatch]] = []
+            most: list[int] = []
+            perform = engine.worker.perform
+
+            def watched(
+                instruction: Instruction,
+                worker: Worker = engine.worker,
+                perform: Callable[[Instruction], None] = perform,
+                captured: list[weakref.ref[MicroBatch]] = captured,
+                most: list[int] = most,
+            ) -> None:
+                perform(instruction)
+                if instruction.op is Op.FORWARD:
+                    captured.append(weakref.ref(worker._work.captured[instruction.unit]))
+                most.append(sum(reference() is not None for reference in captured))
+
+            engine.worker.perform = watched  # type: ignore[method-assign]
+            for x, y in replace(setting, steps=2).batches():
+                engine.step(own_chunks(setting, grid, x), own_chunks(setting, grid, y))
+            last = Op.WEIGHT if setting.rho else Op.BACKWARD
+            inside = itertools.accumulate((s.op is Op.FORWARD) - (s.op is last) for s in engine.order)
+            found[setting.name] = [max(most), max(inside)]
+    _tell(ranks, found)
 
 
 # What is not finite -----------------------------------------------------------------------------------------
