@@ -46,6 +46,14 @@ def test_digits_split_is_always_the_same(digits: DataSet) -> None:
     assert digits.train_labels[:12].tolist() == [3, 9, 1, 3, 1, 9, 4, 4, 2, 8, 3, 5]
 
 
+def test_a_data_set_without_images_has_all_else(digits: DataSet) -> None:
+    """What ranks keep that read none."""
+    bare = digits.without_images()
+    assert bare.train_images.numel() == bare.validation_images.numel() == 0
+    assert torch.equal(bare.train_labels, digits.train_labels) and len(bare.validation_images) == 360
+    assert len(network_input(bare.train_images[torch.arange(5)], torch.float64).chunk(2)) == 2
+
+
 def test_an_epoch_visits_a_sample_at_most_once_and_drops_the_partial_batch() -> None:
     order = BatchOrder(samples=23, batch_size=5, seed=0)
     assert order.steps_per_epoch == 4

@@ -497,6 +497,11 @@ def test_cuts_that_do_not_exist(server: Server, tmp_path: Path) -> None:
     assert "cuts" in said and "9" in said
 
 
+def test_a_batch_that_is_larger_than_the_data_set(server: Server, tmp_path: Path) -> None:
+    said = refused(server, tmp_path, 2, [*COMMON, "parallel.pipe=2", "train.batch_size=2000"])
+    assert "2000" in said and "1437" in said
+
+
 def test_ranks_with_different_configurations(server: Server, tmp_path: Path) -> None:
     words = [*COMMON, "parallel.pipe=2"]
     other = {"argv of 1": [*words, "optimizer.lr=0.5"]}

@@ -64,6 +64,14 @@ class DataSet:
         """Height and width of an image in pixels."""
         return self.train_images.shape[2], self.train_images.shape[3]
 
+    def without_images(self) -> DataSet:
+        """The same data set with images of no pixels, for whoever needs to know how many there are."""
+        return replace(
+            self,
+            train_images=self.train_images.new_empty((len(self.train_images), 0, 0, 0)),
+            validation_images=self.validation_images.new_empty((len(self.validation_images), 0, 0, 0)),
+        )
+
     def to(self, device: torch.device) -> DataSet:
         """The same data set in the memory of `device`."""
         return replace(
