@@ -52,6 +52,14 @@ def test_digits_split_is_always_the_same(digits: DataSet) -> None:
     assert digits.train_labels[:12].tolist() == [3, 9, 1, 3, 1, 9, 4, 4, 2, 8, 3, 5]
 
 
+def test_a_data_set_without_images_has_all_else(digits: DataSet) -> None:
+    """What ranks keep that read none."""
+    bare = digits.without_images()
+    assert bare.train_images.numel() == bare.validation_images.numel() == 0
+    assert torch.equal(bare.train_labels, digits.train_labels) and len(bare.validation_images) == 360
+    assert len(network_input(bare.train_images[torch.arange(5)], torch.float64).chunk(2)) == 2
+
+
 def test_an_epoch_visits_a_sample_at_most_once_and_drops_the_partial_batch() -> None:
     order = BatchOrder(samples=23, batch_size=5, seed=0)
     assert order.steps_per_epoch == 4
@@ -176,6 +184,7 @@ def test_cifar_files_that_are_not_there_or_not_right(tmp_path: Path) -> None:
 def test_images_are_normalised_for_training_and_validation(tmp_path: Path) -> None:
     write_cifar(tmp_path, "cifar100")
     data = load_cifar100(DataConfig(name="cifar100", dir=str(tmp_path), augment=False))
+    assert data.without_images().batch(torch.arange(2), seed=0, step=1)[0].shape == (2, 0, 0, 0)
     mean, deviation = torch.tensor([0.5071, 0.4865, 0.4409]), torch.tensor([0.2673, 0.2564, 0.2762])
     expected = (data.train_images.permute(0, 2, 3, 1) / 255 - mean) / deviation
     images, labels = data.batch(torch.tensor([2, 0]), seed=0, step=0)

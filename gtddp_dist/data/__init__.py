@@ -96,6 +96,17 @@ class DataSet:
         mean, deviation = (torch.tensor(each, device=images.device) for each in (self.mean, self.deviation))
         return (network_input(images, torch.float32) - mean[:, None, None]) / deviation[:, None, None]
 
+    def without_images(self) -> DataSet:
+        """The same data set with images of no pixels, for whoever needs to know how many there are."""
+        return replace(
+            self,
+            train_images=self.train_images.new_empty((len(self.train_images), 0, 0, 0)),
+            validation_images=self.validation_images.new_empty((len(self.validation_images), 0, 0, 0)),
+            mean=None,
+            deviation=None,
+            augment=False,
+        )
+
     def to(self, device: torch.device) -> DataSet:
         """The same data set in the memory of `device`."""
         return replace(
