@@ -62,4 +62,8 @@ def node_without_the_code(place: Place, _: Unbroken) -> None:
     for number, log in ((job, place.cwd / f"slurm-gtddp-{job}.out"), (run.job, run.path / f"job/{run.job}_0_log.out")):
         ended = place.cluster.ends(number, BEGINS_S)
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
-        wait_until(lambda log=log: log.exists() and named in log.read_text(), SOON_S, f"{named!r} in {log}")
+
+        def told(log: Path = log) -> bool:
+            return log.exists() and named in log.read_text()
+
+        wait_until(told, SOON_S, f"{named!r} in {log}")
