@@ -39,6 +39,7 @@ STORIES = {
         Cast(stories.lost_link, 3, linked=True),
         Cast(stories.lost_node, 3),
         Cast(stories.lost_slurmd, 3),
+        Cast(stories.orphaned, 2),
         Cast(stories.preemption, 1),
         Cast(script_stories.scaling_sbatch, 1),
         Cast(stories.killed_rank, 2),
