@@ -161,8 +161,10 @@ def lost_slurmd(place: Place, unbroken: Unbroken) -> Run:
 
 
 def orphaned(place: Place, unbroken: Unbroken) -> Run:
-    """The slurmd of a job's only node dies: the job goes on there unseen, and Slurm starts it elsewhere as well. The new
-    start waits until the old one is done, and finds nothing to do."""
+    """The slurmd of a job's only node dies: the job goes on there unseen, and Slurm starts it elsewhere as well.
+
+    The new start waits until the old one is done, and finds nothing to do.
+    """
     run = place.submit(pace_s=1.0)
     run.trains(KEEPS + 2)
     (node,) = place.cluster.hosts(run.job)
