@@ -11,7 +11,7 @@ import pytest
 
 from .cluster import Cluster
 
-NODES = 25
+NODES = 27
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .cluster import wait_until
 from .runs import BEGINS_S, WORDS, Place, Run, assert_one_job, assert_same
 from .stories import LATE_S, Unbroken
 
 SMALL = ("digits", "train.steps=30", "model.width=4", "log.every=1", "log.progress=false", "checkpoint.every=10")
-SOON_S = 60.0
 
 
 def train_nodes_sbatch(place: Place, unbroken: Unbroken) -> None:
@@ -62,8 +60,16 @@ def node_without_the_code(place: Place, _: Unbroken) -> None:
     for number, log in ((job, place.cwd / f"slurm-gtddp-{job}.out"), (run.job, run.path / f"job/{run.job}_0_log.out")):
         ended = place.cluster.ends(number, BEGINS_S)
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+        assert named in log.read_text()
 
-        def told(log: Path = log) -> bool:
-            return log.exists() and named in log.read_text()
 
-        wait_until(told, SOON_S, f"{named!r} in {log}")
+def directory_not_shared(place: Place, _: Unbroken) -> None:
+    """The second of two nodes does not see the run directory: it is named."""
+    folder = place.cwd / "run"
+    folder.mkdir()
+    place.cluster.in_node(place.nodes[1], "mount", "-t", "tmpfs", "none", str(folder))
+    run = place.submit("launch.nodes=2")
+    ended = run.ends(BEGINS_S)
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0")
+    assert f"node {place.nodes[1]}: there is no {folder}" in run.log()
+    assert run.decisions() == [False]

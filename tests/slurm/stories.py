@@ -160,6 +160,24 @@ def lost_slurmd(place: Place, unbroken: Unbroken) -> Run:
     return run
 
 
+def orphaned(place: Place, unbroken: Unbroken) -> Run:
+    """The slurmd of a job's only node dies: the job goes on there unseen, and Slurm starts it elsewhere as well.
+
+    The new start waits until the old one is done, and finds nothing to do.
+    """
+    run = place.submit(pace_s=1.0)
+    run.trains(KEEPS + 2)
+    (node,) = place.cluster.hosts(run.job)
+    place.cluster.kill_slurmd(node)
+    run.is_put_back(90)
+    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
+    assert place.cluster.job(run.job)["BatchHost"] != node
+    assert_one_job(run, 1)
+    assert "has ended already" in run.log(), run.told()
+    assert_same(run, unbroken())
+    return run
+
+
 def lost_node(place: Place, unbroken: Unbroken) -> Run:
     """A node dies with all that it runs: the job's script, and rank 0."""
     run = place.submit("launch.nodes=2", pace_s=1.0)

@@ -39,6 +39,7 @@ STORIES = {
         Cast(stories.lost_link, 3, linked=True),
         Cast(stories.lost_node, 3),
         Cast(stories.lost_slurmd, 3),
+        Cast(stories.orphaned, 2),
         Cast(stories.preemption, 1),
         Cast(script_stories.scaling_sbatch, 1),
         Cast(stories.killed_rank, 2),
@@ -49,6 +50,7 @@ STORIES = {
         Cast(stories.cancelled, 1),
         Cast(script_stories.train_nodes_sbatch, 2),
         Cast(script_stories.node_without_the_code, 2),
+        Cast(script_stories.directory_not_shared, 2),
     )
 }
 
