@@ -289,6 +289,8 @@ start() {
     local name i
     install_programs
     [ "$(id -u)" = 0 ] || die "needs root: it makes namespaces, and Slurm's daemons start jobs as their users"
+    unshare --uts --ipc --mount --pid --net --fork true 2>/dev/null ||
+        die "needs leave to make namespaces, which this container does not give (docker run --privileged does)"
     mkdir -p "$ROOT/head/state" "$ROOT/log"
     exec 9>"$ROOT/lock"
     flock --timeout 60 9 || die "another start or stop of $ROOT is under way"

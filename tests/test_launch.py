@@ -635,7 +635,7 @@ def test_srun(scontrol: str) -> None:
         started_by="srun",
     )
     assert len({slurm.port_of(job, step) for job in (77, 78) for step in range(3)}) == 6
-    again = discover(STEP | {"SLURM_RESTART_COUNT": "1"})
+    again = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_RESTART_COUNT": "1"})
     assert again is not None and again.port not in {slurm.port_of(77, step) for step in range(9)}
 
 
