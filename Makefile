@@ -1,6 +1,7 @@
 # Everything works from a fresh clone: each target sets up what it needs in .venv first.
 #   make CONSTRAINTS=constraints/cuda.txt venv     another platform's tested versions
 #   make PYTHON=python3.12 venv                    another interpreter
+#   make PYTEST="-x -k resume" test                options of pytest
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints/cpu.txt
@@ -8,10 +9,10 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-all lint clean
+.PHONY: help venv train test test-slurm test-all lint clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # The stamp is written last, so an interrupted installation is taken up again. It names the constraints, so another
 # platform's versions replace these.
@@ -27,7 +28,10 @@ train: $(STAMP)  ## train the small residual network on DIGITS, and the base opt
 	$(VENV)/bin/gtddp train digits-ekfac run.baseline=true
 
 test: $(STAMP)  ## run every test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+test-slurm: $(STAMP)  ## run the tests on a real Slurm alone (as root; installs Debian's packages of it)
+	$(VENV)/bin/python -m pytest tests/slurm $(PYTEST)
 
 test-all: $(STAMP)  ## the same, with every combination of options on every grid of ranks (hours)
 	GTDDP_TEST_ALL=1 $(VENV)/bin/python -m pytest

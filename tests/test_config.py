@@ -24,6 +24,7 @@ from gtddp_dist.config import (
 )
 from gtddp_dist.config_schema import GROUPS
 from gtddp_dist.errors import ConfigError
+from gtddp_dist.jobs.script import ranks_per_node
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> str:
@@ -45,6 +46,14 @@ def test_shipped_configs_load() -> None:
     assert {"digits", "digits-sgd"} <= set(shipped_configs())
     for name in shipped_configs():
         assert isinstance(load_config(name), Config)
+
+
+@pytest.mark.parametrize("gpus", [4, 8, 32])
+def test_configs_for_gpus_have_a_rank_for_each(gpus: int) -> None:
+    config = load_config(f"cifar100-v100x{gpus}")
+    assert config.launch.nodes * (config.launch.gpus_per_node or 0) == gpus
+    assert ranks_per_node(config) == config.launch.gpus_per_node
+    assert config.train.dtype != "bfloat16"
 
 
 def test_command_line_over_file_over_default(tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_the_script_of_a_job(tmp_path: Path) -> None:
     before, srun, after = text.partition("\nsrun --unbuffered")
     assert srun and "module load cuda\n" in before and f"runs=('{path}')" in before
     assert "--kill-on-bad-exit=0 --wait=90" in after
-    assert after.rstrip().endswith('requeue "${runs[@]}" --exit-code $code\nexit $?')
+    assert 'requeue "${runs[@]}" --exit-code "$1"; exit $?; }\n' in before and after.rstrip().endswith("\nended $?")
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 

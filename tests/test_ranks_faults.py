@@ -436,6 +436,38 @@ def test_a_run_goes_on_after_a_step_that_is_not_finite_and_gives_up_after_severa
     assert_same(state[1], state[0])
 
 
+FLOAT16 = [*COMMON, "train.dtype=float16", "train.max_nonfinite=20", "train.steps=20", "checkpoint.every=20"]
+FLOAT16_BY = {
+    "gtddp-sgd": ["optimizer.name=gtddp-sgd", "optimizer.lr=0.05", "optimizer.scope=micro_batch"],
+    "gtddp-adam": ["optimizer.name=gtddp-adam", "optimizer.eps=1e-3", "train.clip_norm=1.0"],
+    "adam": ["optimizer.name=adam", "optimizer.gauss_newton_weight=null"],
+}
+
+
+def test_float16_on_ranks_is_that_of_one_process(server: Server, tmp_path: Path) -> None:
+    """Losses are scaled up until gradients overflow: the steps that are refused for it, the scale, and the weights."""
+    scaled = {"loss_scale": 2.0**24}
+    jobs = []
+    for name, words in FLOAT16_BY.items():
+        argv = [*FLOAT16, *words]
+        jobs.append(command(tmp_path / name / "one", 1, [*argv, "train.replica_groups=2"], **scaled))
+        jobs.append(command(tmp_path / name / "ranks", 4, [*argv, "parallel.pipe=2", "parallel.data=2"], **scaled))
+    for start in range(0, len(jobs), 2):
+        for ended in server.run(*jobs[start : start + 2]):
+            assert_ended(ended)
+    for name in FLOAT16_BY:
+        one, ranks = (tmp_path / name / way / "run" for way in ("one", "ranks"))
+        skipped = [[line["step"] for line in metrics(run) if "train/skipped" in line] for run in (one, ranks)]
+        assert skipped[0] == skipped[1] and 3 < len(skipped[0]) < 15, (name, skipped)
+        expected, got = (load_file(run / "model.safetensors") for run in (one, ranks))
+        assert got.keys() == expected.keys()
+        for key, tensor in expected.items():
+            assert float((got[key] - tensor).norm() / tensor.norm()) < 1e-3, (name, key)
+        last = [checkpoint.newest_valid(run / "checkpoints")[0] for run in (one, ranks)]
+        scales = [found.values["scaler"] for found in last if found is not None]
+        assert scales[0] == scales[1]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Refused before anything is begun
 
@@ -470,6 +502,11 @@ def test_more_ranks_than_stages(server: Server, tmp_path: Path) -> None:
 def test_cuts_that_do_not_exist(server: Server, tmp_path: Path) -> None:
     said = refused(server, tmp_path, 2, [*COMMON, "parallel.pipe=2", "parallel.cuts=[9]"])
     assert "cuts" in said and "9" in said
+
+
+def test_a_batch_that_is_larger_than_the_data_set(server: Server, tmp_path: Path) -> None:
+    said = refused(server, tmp_path, 2, [*COMMON, "parallel.pipe=2", "train.batch_size=2000"])
+    assert "2000" in said and "1437" in said
 
 
 def test_ranks_with_different_configurations(server: Server, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gtddp_dist import GTDDP, curvature
 from gtddp_dist.errors import ModelError, OptionError
 from gtddp_dist.models.torchvision_import import import_torchvision
-from gtddp_dist.pipeline.segment import Segment, check_modes
+from gtddp_dist.pipeline.segment import Segment, check_segments
 from gtddp_dist.tracing import trace
 from gtddp_dist.trajectory import PlainParts, Trajectory, from_stages
 
@@ -266,9 +266,9 @@ def test_a_segment_tells_stages_by_hand_its_mode() -> None:
     segment = Segment(model, from_stages(model, stages), (), 0)
     torch.testing.assert_close(segment.eval()(x), expected)
     assert not torch.allclose(segment.train()(x), segment(x))
-    check_modes(segment.trajectory)
+    check_segments(in_block("module"), trace(in_block("module")), (1,))
     with pytest.raises(ModelError, match="ranks run what was traced in training mode"):
-        check_modes(trace(in_block("function")))
+        check_segments(in_block("function"), trace(in_block("function")), (1,))
 
 
 @pytest.mark.parametrize("rollout", ["linear", "nonlinear"])

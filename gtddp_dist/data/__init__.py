@@ -96,6 +96,17 @@ class DataSet:
         mean, deviation = (torch.tensor(each, device=images.device) for each in (self.mean, self.deviation))
         return (network_input(images, torch.float32) - mean[:, None, None]) / deviation[:, None, None]
 
+    def without_images(self) -> DataSet:
+        """The same data set with images of no pixels, for whoever needs to know how many there are."""
+        return replace(
+            self,
+            train_images=self.train_images.new_empty((len(self.train_images), 0, 0, 0)),
+            validation_images=self.validation_images.new_empty((len(self.validation_images), 0, 0, 0)),
+            mean=None,
+            deviation=None,
+            augment=False,
+        )
+
     def to(self, device: torch.device) -> DataSet:
         """The same data set in the memory of `device`."""
         return replace(
@@ -108,7 +119,7 @@ class DataSet:
 
 
 def moved(images: Tensor, random: np.random.Generator) -> Tensor:
-    """Each image of (B, C, H, W) cut at a random place out of itself with a black margin, half of them mirrored."""
+    """Each image of (B, C, H, W) cut out of itself with a black margin at a random place; about half are mirrored."""
     count, channels, height, width = images.shape
     offsets = torch.from_numpy(random.integers(0, 2 * CROP_MARGIN + 1, (2, count))).to(images.device)
     mirrored = torch.from_numpy(random.integers(0, 2, count).astype(bool)).to(images.device)

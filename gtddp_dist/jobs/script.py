@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config_schema import Config, LaunchConfig
 from ..errors import UserError
+from ..run_folder import CONFIG
 
 PYTHON = shlex.quote(sys.executable)
 
@@ -104,25 +105,22 @@ def sbatch_options(launch: LaunchConfig) -> dict[str, str | bool]:
 
 
 def setup_lines(launch: LaunchConfig, runs: str) -> list[str]:
-    """Lines of the script before srun; `runs` are those that set the array `runs`."""
+    """Lines of the script before srun; `runs` is the one that sets the array `runs`."""
     return [
         *launch.setup,
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over from sbatch by itself",
         runs,
-        "# Whether the code is there, on every node.",
-        f"srun --kill-on-bad-exit=0 --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 "
-        f"bash -c {shlex.quote(_installed())} || exit $?",
+        f'ended() {{ {PYTHON} -m gtddp_dist requeue "${{runs[@]}}" --exit-code "$1"; exit $?; }}',
+        "# Whether each node has the run directories and the code.",
+        "srun --kill-on-bad-exit=0 --nodes=$SLURM_JOB_NUM_NODES --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 "
+        f'bash -c {shlex.quote(_check())} check "${{runs[@]}}" || ended $?',
     ]
 
 
 def teardown_lines() -> list[str]:
     """Lines of the script after srun."""
-    return [
-        "code=$?",
-        f'{PYTHON} -m gtddp_dist requeue "${{runs[@]}}" --exit-code $code',
-        "exit $?",
-    ]
+    return ["ended $?"]
 
 
 def one_task(runs: Sequence[Path]) -> str:
@@ -136,9 +134,12 @@ def task_of_array(listing: Path) -> str:
     return f"IFS=$'\\t' read -r -a runs <<<\"$({line})\""
 
 
-def _installed() -> str:
-    told = (
-        f"gtddp: error: node $(hostname): gtddp_dist cannot be imported by {sys.executable}: install it on every node, "
-        "or on a file system that all share"
+def _check() -> str:
+    """A script that names the node it runs on where that lacks a run directory (its arguments) or this package."""
+    node = "gtddp: error: node $(hostname):"
+    shared = "run.dir must be on a file system that all nodes share"
+    installed = f"{sys.executable} cannot import it: install it on every node, or on a file system that all share"
+    return (
+        f'for run; do [ -f "$run/{CONFIG}" ] || {{ echo "{node} there is no $run: {shared}" >&2; exit 2; }}; done; '
+        f"{PYTHON} -c 'import gtddp_dist' || {{ echo \"{node} gtddp_dist: {installed}\" >&2; exit 2; }}"
     )
-    return f"{PYTHON} -c 'import gtddp_dist' || {{ echo \"{told}\" >&2; exit 2; }}"

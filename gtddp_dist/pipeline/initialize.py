@@ -38,7 +38,7 @@ from .costs import (
 )
 from .grid import Backend, Grid, Shape
 from .order import StepShape, rank_orders, step_shape
-from .segment import check_modes
+from .segment import check_segments
 from .worker import LossFunction, Outcome, Worker
 
 NewOptimizer = Callable[[nn.Module], Optimizer]
@@ -91,8 +91,8 @@ class Engine:
     ) -> None:
         from .engine import PartitionedModel, new_engine, quiet  # deepspeed takes a second to import
 
-        check_modes(trajectory)
         check_cuts(cuts, grid.shape.pipe, len(trajectory.stages))
+        check_segments(model, trajectory, cuts)
         with quiet():
             partitioned = PartitionedModel(model, trajectory, cuts, grid)
         self.grid, self.cuts = grid, tuple(cuts)
@@ -151,7 +151,7 @@ class Engine:
 
         Args:
             batches: of this replica's own (input, target) micro-batches; the first and the last segment take
-                ``n_micro`` of them, the others none.
+                ``n_micro`` of them, the others none. Only the first reads inputs, only the last one targets.
 
         Raises:
             UserError: a micro-batch has another number of samples than was said.
@@ -165,21 +165,29 @@ class Engine:
                         f"train_batch: a micro-batch of {len(x)} inputs and {len(y)} targets, initialize was told "
                         f"micro_batch={self.micro_batch}; drop the last partial batch (drop_last=True)"
                     )
-                inputs.append(x.to(self.grid.device))
-                targets.append(y.to(self.grid.device))
+                inputs.append(self._own_input(x))
+                targets.append(self._own_target(y))
         return self.step(inputs, targets).loss
 
     def evaluate(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
         """Mean loss and accuracy in evaluation mode, over the batches of all replicas; the same on every rank.
 
         Args:
-            batches: (input, target) of this replica; as many on all segments.
+            batches: (input, target) of this replica; as many on all segments. Only the first segment reads inputs,
+                only the last one targets.
         """
-        pairs = [(x.to(self.grid.device), y.to(self.grid.device)) for x, y in batches]
+        pairs = [(self._own_input(x), self._own_target(y)) for x, y in batches]
         loss, correct = self.worker.forward_only([x for x, _ in pairs], [y for _, y in pairs], training=False)
         seen = float(sum(len(y) for _, y in pairs)) if self.worker.last else 0.0
         total = [sum(column) for column in zip(*self.grid.gather([loss, float(correct), seen]), strict=True)]
         return {"loss": total[0] / total[2], "accuracy": total[1] / total[2]}
+
+    def _own_input(self, x: Tensor) -> Tensor:
+        """On the rank's device where it reads it."""
+        return x.to(self.grid.device) if self.worker.first else x
+
+    def _own_target(self, y: Tensor) -> Tensor:
+        return y.to(self.grid.device) if self.worker.last else y
 
     @property
     def training_state(self) -> TrainingState:
@@ -315,11 +323,11 @@ def initialize(
             if stages is None
             else from_stages(model, stages(model), plain_modules, plain_parameters)
         )
-        check_modes(trajectory)
         counted = count_stages(trajectory, sample[:micro_batch])
         if cuts is None:
             cuts = balanced_cuts(counted, pipe)
         check_cuts(cuts, pipe, len(trajectory.stages))
+        check_segments(model, trajectory, cuts)
     except UserError as error:
         raise told_once(error) from error
     place = Place(ranks, shape, tuple(cuts), len(trajectory.stages), torch.device(device) if device else None, backend)

@@ -38,7 +38,7 @@ from .costs import Expected, balanced_cuts, check_cuts
 from .grid import Grid, Shape
 from .initialize import Engine
 from .plan import describe, expected, stage_costs
-from .segment import check_modes
+from .segment import check_segments
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     data = load_data(config)
+    BatchOrder(len(data.train_labels), config.train.batch_size, config.train.seed)  # refuses a batch that is too large
     torch.manual_seed(config.train.seed)
     precision = Precision(config.train.dtype, torch.device("cpu"))
     model = build_model(config, data, precision)
     trajectory = trace(model, **plain_parts(model, config), projection=config.optimizer.projection or "cooperative")
-    check_modes(trajectory)
     pipe = config.parallel.pipe
     chosen = config.parallel.cuts if cuts is None else cuts
     twin = copy.deepcopy(model).to("meta")  # an optimizer's hooks must not see the counting
@@ -78,6 +78,7 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     if chosen is None:
         chosen = balanced_cuts(stages, pipe)
     check_cuts(chosen, pipe, len(trajectory.stages))
+    check_segments(model, trajectory, chosen)
     return Prepared(data, model, trajectory, tuple(chosen), expected(config, subject, stages, unit, chosen))
 
 
@@ -200,7 +201,8 @@ class RankStep:
 def build_on(grid: Grid, config: Config, prepared: Prepared) -> RankParts:
     """This rank's part of a run at its start."""
     precision = Precision(config.train.dtype, grid.device)
-    data = prepared.data
+    # The first segment reads images, the last one labels.
+    data = prepared.data if grid.segment == 0 else prepared.data.without_images()
     if grid.segment in (0, grid.shape.pipe - 1):
         data = data.to(grid.device)
     order = BatchOrder(len(data.train_labels), config.train.batch_size, config.train.seed)

@@ -88,11 +88,17 @@ class Segment(Traced):
             home.register_buffer(leaf, owner._buffers[leaf], leaf not in owner._non_persistent_buffers_set)
 
 
-def check_modes(trajectory: Trajectory) -> None:
-    """Refuses stages that would be wrong in evaluation mode: a segment runs its stages in both.
+def check_segments(model: nn.Module, trajectory: Trajectory, cuts: Sequence[int]) -> None:
+    """Refuses a model whose segments would be wrong.
+
+    Args:
+        model: traced as ``trajectory``.
+        trajectory: all of its stages.
+        cuts: the first stage of every segment but the first.
 
     Raises:
-        ModelError: names the place.
+        ModelError: the stages would be wrong in evaluation mode, and a segment runs them in both: names the place. Two
+            segments read the same parameter or buffer.
     """
     if trajectory.only_training:
         raise ModelError(
@@ -100,6 +106,7 @@ def check_modes(trajectory: Trajectory) -> None:
             "training mode, and would evaluate wrongly. Use a module that knows its mode by itself (nn.Dropout in "
             "place of F.dropout(x, training=self.training)), or take the module around it as it is (plain_modules)"
         )
+    _owners(model, trajectory, [0, *cuts, len(trajectory.stages)])
 
 
 def _as_they_are(*live: LiveValue) -> tuple[LiveValue, ...]:

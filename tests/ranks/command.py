@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
 from torch import Tensor
 
 from gtddp_dist import cli
@@ -20,6 +21,7 @@ from gtddp_dist.parts import Parts
 from gtddp_dist.pipeline.instructions import Instruction
 from gtddp_dist.pipeline.worker import Worker
 from gtddp_dist.run_directory import RunDirectory
+from gtddp_dist.training_step import Precision
 
 from .server import Arguments
 
@@ -32,7 +34,7 @@ def work(ranks: Ranks, arguments: Arguments) -> int:
 
     `accident`: {"rank", "step", "op", "what"}: that rank gets the signal `what` before its first instruction `op` of
     the step; or {"rank", "steps", "what": "NaN"}: its inputs of these steps have a NaN. `stop_at`: all ranks are asked
-    to stop after so many steps.
+    to stop after so many steps. `loss_scale`: where the scale of losses begins, with float16.
     """
     patch = pytest.MonkeyPatch()  # of this process, which ends soon
     accident = cast(dict[str, object], arguments.get("accident") or {})
@@ -40,6 +42,9 @@ def work(ranks: Ranks, arguments: Arguments) -> int:
         (_spoil if accident["what"] == "NaN" else _strike)(patch, accident)
     if "stop_at" in arguments:
         _stop_at(patch, cast(int, arguments["stop_at"]))
+    if "loss_scale" in arguments:
+        scale = cast(float, arguments["loss_scale"])
+        patch.setattr(Precision, "new_scaler", lambda self: torch.amp.GradScaler(self.device.type, init_scale=scale))
     argv = cast(list[str], arguments.get(f"argv of {ranks.rank}", arguments.get("argv")))
     return cli.main(argv)
 

@@ -87,8 +87,12 @@ def chunks_of(step: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def own_chunks(engine: Engine, step: int) -> list[tuple[Tensor, Tensor]]:
+    """What a segment does not read has no content there."""
     start = engine.grid.replica * engine.n_micro
-    return chunks_of(step)[start : start + engine.n_micro]
+    return [
+        (x if engine.worker.first else x.to("meta"), y if engine.worker.last else y.to("meta"))
+        for x, y in chunks_of(step)[start : start + engine.n_micro]
+    ]
 
 
 def batches(engine: Engine) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ import pytest
 
 from .cluster import Cluster
 
-NODES = 24
+NODES = 27
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +28,9 @@ def started(cluster: Cluster) -> Cluster:
     if done.returncode == 0:
         return cluster
     reason = f"no Slurm: {done.stderr.strip()}"
-    if os.environ.get("CI", "") in ("", "false", "0"):
-        if "missing: " in done.stderr or "needs root" in done.stderr:
-            pytest.skip(reason)
+    in_ci = os.environ.get("CI", "") not in ("", "false", "0")
+    if not in_ci and ("missing: " in done.stderr or "needs root" in done.stderr):
+        pytest.skip(reason)
     pytest.fail(reason)
 
 

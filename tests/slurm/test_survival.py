@@ -6,239 +6,97 @@ once: most of each is waiting.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from .cluster import Cluster, wait_until
-from .runs import BEGINS_S, KEEPS, WORDS, Place, Run, assert_one_job, assert_same
+from . import script_stories, stories
+from .cluster import ROOT, Cluster
+from .runs import Place, Run
+from .stories import LATE_S
 
 AT_ONCE = 4
-LATE_S = 300.0
-"""For any story, once it has been begun."""
-
-Unbroken = Callable[[], Run]
-Story = Callable[[Place, Unbroken], Run]
-
-
-def unbroken(place: Place, _: Unbroken) -> Run:
-    """Two nodes, a pipeline rank on each; nothing happens."""
-    run = place.submit("launch.nodes=2")
-    assert run.ends(BEGINS_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 1)
-    assert len(run.starts()[0].hosts) == 2
-    assert run.decisions() == [False]
-    # One process, without Slurm.
-    done = place.cluster.run("gtddp", "train", *WORDS, "parallel.pipe=1", "run.dir=alone", cwd=place.cwd)
-    assert done.returncode == 0, done.stderr
-    ours, alone = (load_file(path / "model.safetensors") for path in (run.path, place.cwd / "alone"))
-    assert ours.keys() == alone.keys()
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, alone[name], rtol=1e-4, atol=1e-6)
-    return run
-
-
-def time_limit(place: Place, unbroken: Unbroken) -> Run:
-    """Slurm asks for a checkpoint before the time limit. (Its limits are whole minutes, and the signal may come 30 s
-    early.)"""
-    run = place.submit("launch.time=1", "launch.signal_before_s=5", pace_s=1.0)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 2)
-    assert run.signals() == [["SIGUSR2"], []]
-    assert run.decisions() == [True, False]
-    assert_same(run, unbroken())
-    return run
-
-
-def preemption(place: Place, unbroken: Unbroken) -> Run:
-    """A job of the partition urgent takes the node."""
-    run = place.submit(pace_s=0.5)
-    run.trains(KEEPS + 2)
-    (place.cwd / "urgent").write_text("#!/bin/bash\nsleep 1\n")
-    urgent = place.cluster.sbatch(
-        place.cwd, "--partition=urgent", f"--constraint={place.feature}", "--exclusive", "--time=1", "urgent"
-    )
-    assert place.cluster.ends(urgent, 60)["JobState"] == "COMPLETED"
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 2)
-    assert run.signals() == [["SIGUSR2"], []]
-    assert run.starts()[1].step > KEEPS  # not from the periodic checkpoint, but from that of the signal
-    assert_same(run, unbroken())
-    return run
-
-
-def asked(place: Place, unbroken: Unbroken) -> Run:
-    """`scancel --signal=USR2`, on slurm/train.sbatch. Then a run that has ended is started again."""
-    job = place.sbatch("train.sbatch", ["--ntasks=2", "--time=10"], [*WORDS, "run.dir=run"], pace_s=0.2)
-    run = Run(place.cluster, place.cwd / "run", job)
-    run.trains(KEEPS + 2)
-    place.cluster.ask("scancel", "--signal=USR2", job)
-    run.is_put_back(60)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 2)
-    assert run.signals() == [["SIGUSR2"], []]
-    assert run.decisions() == [True, False]
-    assert_same(run, unbroken())
-
-    written = (run.path / "model.safetensors").stat().st_mtime_ns
-    place.cluster.ask("scontrol", "requeue", job)
-    wait_until(lambda: "has ended already" in run.log(), BEGINS_S, run.told)
-    assert run.ends(60)["JobState"] == "COMPLETED", run.told()
-    assert (run.path / "model.safetensors").stat().st_mtime_ns == written
-    assert len(run.starts()) == 2
-    return run
-
-
-def cancelled(place: Place, _: Unbroken) -> Run:
-    """Plain `scancel`: the run is stopped with a checkpoint, and nobody puts it back."""
-    run = place.submit(pace_s=0.2)
-    run.trains(2)
-    place.cluster.ask("scancel", run.job)
-    wait_until(lambda: bool(run.signals()), 60, run.told)
-    job = run.ends(60)
-    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0"), run.told()
-    assert run.signals() == [["SIGTERM"]]
-    assert True not in run.decisions()
-    assert len(list(run.path.glob("checkpoints/step-*/index.json"))) >= 1
-    return run
-
-
-def requeued(place: Place, unbroken: Unbroken) -> Run:
-    """`scontrol requeue`: Slurm puts it back without a signal of ours."""
-    run = place.submit(pace_s=0.2)
-    run.trains(KEEPS + 5)
-    place.cluster.ask("scontrol", "requeue", run.job)
-    run.is_put_back(60)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 2)
-    assert_same(run, unbroken())
-    return run
-
-
-def killed_rank(place: Place, unbroken: Unbroken) -> Run:
-    """kill -9 of a rank on the second of two nodes: the other says who was lost, and the job is put back."""
-    run = place.submit("launch.nodes=2", pace_s=0.2)
-    run.trains(KEEPS + 2)
-    victim = place.cluster.rank(str(run.path), place.cluster.hosts(run.job)[1], 1)
-    subprocess.run(["kill", "-KILL", str(victim)], check=True)
-    run.is_put_back(60)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 2)
-    assert run.decisions() == [True, False]
-    assert "lost rank 1 " in run.reasons()[0], run.told()
-    assert_same(run, unbroken())
-    return run
-
-
-def killed_slurmd(place: Place, unbroken: Unbroken) -> Run:
-    """kill -9 of a slurmd that comes back: the job does not notice."""
-    run = place.submit("launch.nodes=2", pace_s=0.2)
-    run.trains(KEEPS)
-    node = place.cluster.hosts(run.job)[1]
-    place.cluster.kill_slurmd(node)
-    run.trains(KEEPS + 5)
-    place.cluster.start_slurmd(node)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_one_job(run, 1)
-    assert_same(run, unbroken())
-    return run
-
-
-def lost_slurmd(place: Place, unbroken: Unbroken) -> Run:
-    """kill -9 of a slurmd that stays away: Slurm puts the job back, on other nodes; what still runs there ends."""
-    run = place.submit("launch.nodes=2", pace_s=1.0)
-    run.trains(KEEPS + 2)
-    node = place.cluster.hosts(run.job)[1]
-    old = place.cluster.rank(str(run.path), node, 1)
-    place.cluster.kill_slurmd(node)
-    run.is_put_back(90)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_moved(run, node)
-    assert_same(run, unbroken())
-    wait_until(lambda: not Path(f"/proc/{old}").exists(), 60, "end of the rank on the node that was given up")
-    return run
-
-
-def lost_node(place: Place, unbroken: Unbroken) -> Run:
-    """A node dies with all that it runs: the job's script, and rank 0."""
-    run = place.submit("launch.nodes=2", pace_s=1.0)
-    run.trains(KEEPS + 2)
-    node = place.cluster.hosts(run.job)[0]
-    place.cluster.kill_node(node)
-    run.is_put_back(90)
-    assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
-    assert_moved(run, node)
-    assert_same(run, unbroken())
-    return run
-
-
-def assert_moved(run: Run, node: str) -> None:
-    """The job has left the node, and gone on where its newest checkpoint was."""
-    starts = run.starts()
-    assert {start.job for start in starts} == {run.job}
-    assert node in starts[0].hosts and node not in starts[-1].hosts, run.told()
-    # Its script and Slurm may both have put it back.
-    assert 2 <= len(starts) <= 3, run.told()
 
 
 @dataclass(frozen=True)
 class Cast:
     """A story, and how many nodes it needs."""
 
-    story: Story
+    story: Callable[[Place, Callable[[], Run]], Run | None]
     nodes: int
+    linked: bool = False
+    """On nodes that are joined by links."""
 
 
 # Those that take longest come first.
 STORIES = {
     item.story.__name__: item
     for item in (
-        Cast(unbroken, 2),
-        Cast(time_limit, 1),
-        Cast(lost_node, 3),
-        Cast(lost_slurmd, 3),
-        Cast(killed_rank, 2),
-        Cast(preemption, 1),
-        Cast(asked, 1),
-        Cast(killed_slurmd, 2),
-        Cast(requeued, 1),
-        Cast(cancelled, 1),
+        Cast(stories.unbroken, 2),
+        Cast(stories.time_limit, 1),
+        Cast(stories.lost_link, 3, linked=True),
+        Cast(stories.lost_node, 3),
+        Cast(stories.lost_slurmd, 3),
+        Cast(stories.orphaned, 2),
+        Cast(stories.preemption, 1),
+        Cast(script_stories.scaling_sbatch, 1),
+        Cast(stories.killed_rank, 2),
+        Cast(stories.asked, 1),
+        Cast(script_stories.array_sbatch, 2),
+        Cast(stories.killed_slurmd, 2),
+        Cast(stories.requeued, 1),
+        Cast(stories.cancelled, 1),
+        Cast(script_stories.train_nodes_sbatch, 2),
+        Cast(script_stories.node_without_the_code, 2),
+        Cast(script_stories.directory_not_shared, 2),
     )
 }
 
 
 @pytest.fixture(scope="module")
 def told(
-    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[dict[str, Future[Run]]]:
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Run | None]]]:
     """All stories that this session has tests of, begun in their order."""
     items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    wanted = {item.callspec.params["name"] for item in items if item.originalname == "test_survival"} | {"unbroken"}
-    futures: dict[str, Future[Run]] = {}
+    wanted = {item.callspec.params["name"] for item in items if item.originalname == "test_story"}
     first = 0
+    futures: dict[str, Future[Run | None]] = {}
+    clusters: list[Cluster] = []
+
+    def unbroken() -> Run:
+        run = futures["unbroken"].result(LATE_S)
+        assert run is not None
+        return run
+
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for name, item in STORIES.items():
-            if name not in wanted:
+            if name not in wanted and name != "unbroken":
                 continue
-            nodes = [f"node{i}" for i in range(first, first + item.nodes)]
-            first += item.nodes
+            cluster: Cluster = request.getfixturevalue("linked_cluster" if item.linked else "cluster")
+            clusters.append(cluster)
+            nodes = [f"node{i}" for i in range(item.nodes)] if item.linked else []
+            if not item.linked:
+                nodes = [f"node{i}" for i in range(first, first + item.nodes)]
+                first += item.nodes
             cluster.name_nodes(nodes, name)
             place = Place(cluster, nodes, name, tmp_path_factory.mktemp(name))
-            futures[name] = pool.submit(item.story, place, lambda: futures["unbroken"].result(LATE_S))
+            futures[name] = pool.submit(item.story, place, unbroken)
         yield futures
         for future in futures.values():
             future.cancel()
-    # What a story has left, should it have failed.
-    cluster.run("scancel", "--user=root")
+    for cluster in clusters:  # what a story has left that failed
+        cluster.run("scancel", "--user=root")
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STORIES)
-def test_survival(name: str, told: dict[str, Future[Run]]) -> None:
+def test_story(name: str, told: dict[str, Future[Run | None]]) -> None:
     told[name].result()
+
+
+def test_every_script_is_submitted() -> None:
+    told = {name.replace("_", "-").replace("-sbatch", ".sbatch") for name in STORIES} | {"train.sbatch"}  # asked
+    assert {file.name for file in (ROOT / "slurm").glob("*.sbatch")} <= told
