@@ -17,7 +17,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..errors import OK, UserError
-from ..run_folder import CONFIG, DEFAULT_PARENT
+from ..run_folder import CONFIG, DEFAULT_PARENT, JOB
 from .facts import Facts, read_facts
 from .scheduler import UNKNOWN, JobState, Scheduler
 
@@ -134,12 +134,12 @@ def _job(facts: Facts, jobs: Mapping[str, JobState]) -> JobState | None:
         return None
     if facts.executor == "slurm":
         return jobs.get(facts.job)
-    if _lives(facts.job):
+    if is_alive(facts.job):
         return None
     return JobState(job=facts.job, state=UNKNOWN, reason="its process is gone")
 
 
-def _lives(process: str) -> bool:
+def is_alive(process: str) -> bool:
     """Whether the process of a local job, submitit's controller on this host, is still at work."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
@@ -184,7 +184,7 @@ def _status(facts: Facts, job: JobState | None) -> RunStatus:
 def _last_words(facts: Facts) -> str:
     """The last line that rank 0 of the run's job, or its script, has printed, for a reason; "" where there is none."""
     name = f"{facts.job}_0_log.out"  # as submitit calls it
-    for log in (facts.run / FOLDER / name, facts.run.parent.parent / JOBS / name):
+    for log in (facts.run / JOB / name, facts.run.parent.parent / JOBS / name):
         with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
             lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

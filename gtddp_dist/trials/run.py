@@ -13,11 +13,11 @@ from pathlib import Path
 
 from ..config import draft, to_yaml
 from ..config_schema import LaunchConfig
-from ..errors import FAILED, OK, UserError
+from ..errors import FAILED, OK, REQUEUE, UserError
 from ..files import write_text_atomically
 from ..jobs.scheduler import INTERVAL_S, Scheduler
-from ..jobs.status import RunStatus, counts, survey, watch
-from ..jobs.submit import Prepared, check_executor, check_launch, is_alive, submit_runs
+from ..jobs.status import RunStatus, counts, is_alive, survey, watch
+from ..jobs.submit import Prepared, check_executor, check_launch, submit_runs
 from ..run_folder import CONFIG
 from .folder import SPEC, SweepFolder, make_folder
 from .report import report
@@ -164,7 +164,9 @@ def _run_here(folder: SweepFolder, runs: Sequence[Prepared], launch: LaunchConfi
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         _end(set(active.values()))
-        raise UserError(f"interrupted; to go on: gtddp sweep --resume {folder.path}") from None
+        stopped = UserError(f"interrupted; to go on: gtddp sweep --resume {folder.path}")
+        stopped.exit_code = REQUEUE
+        raise stopped from None
     finally:
         signal.signal(signal.SIGTERM, former)
 
@@ -189,7 +191,7 @@ def _end(jobs: Collection[str]) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(job), signal.SIGTERM)
     deadline = time.monotonic() + END_WITHIN_S
-    while any(is_alive(job, "local") for job in jobs):
+    while any(is_alive(job) for job in jobs):
         if time.monotonic() > deadline:
             raise UserError(f"after {END_WITHIN_S:.0f} s there are still processes of trials: {', '.join(jobs)}")
         time.sleep(POLL_S)
