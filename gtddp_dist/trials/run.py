@@ -151,7 +151,7 @@ def _run_here(folder: SweepFolder, runs: Sequence[Prepared], launch: LaunchConfi
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while packs or active:
-            while packs and len(active) <= ((launch.max_parallel or 1) - 1) * launch.pack:
+            while packs and len(set(active.values())) < (launch.max_parallel or 1):
                 pack = packs.pop(0)
                 with _deaf():
                     active |= zip(pack, submit_runs(pack, folder.jobs, folder.path.absolute().name), strict=True)
