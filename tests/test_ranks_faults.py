@@ -520,10 +520,15 @@ def test_a_port_that_is_in_use(server: Server, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         # As torchrun's variables, so that gtddp's own listening socket is not used.
         variables = {"GTDDP_STARTED_BY": "", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-        job = Job("ranks.command:work", 1, tmp_path, {"argv": [*COMMON, "parallel.pipe=2"]}, {0: variables})
+        job = Job(
+            "ranks.command:work", 2, tmp_path, {"argv": [*COMMON, "parallel.pipe=2"]}, {0: variables, 1: variables}
+        )
         (ended,) = server.run(job)
-    (said,) = messages(ended, tmp_path)
-    assert f"port {port} of" in said and "is in use by another process" in said
+    assert [rank.code for rank in ended] == [BAD_INPUT, FAILED], told(ended)
+    assert not (tmp_path / "run").exists() and "Traceback" not in told(ended)
+    first, second = errors_in(ended)
+    assert f"port {port} of" in first and "is in use by another process" in first
+    assert f"found a process at 127.0.0.1:{port} that is not rank 0" in second and "the error of rank 0" in second
 
 
 def test_what_each_rank_finds_before_it_meets_the_others(server: Server, tmp_path: Path) -> None:
