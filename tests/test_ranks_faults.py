@@ -278,6 +278,23 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert_equal_runs(tmp_path / "run", unbroken["2x2"])
 
 
+def test_a_last_checkpoint_that_one_rank_cannot_write(server: Server, tmp_path: Path) -> None:
+    """Nobody waits for it: all end together, and rank 0 says why, whichever rank it was."""
+    words = [*COMMON, "parallel.pipe=2", "checkpoint.every=100"]
+    jobs = [
+        command(tmp_path / f"{stop}-{rank}", 2, words, no_room=rank, **({"stop_at": 3} if stop else {}))
+        for stop in (True, False)
+        for rank in (0, 1)
+    ]
+    for job, ended in zip(jobs, server.run(*jobs), strict=True):
+        assert_ended(ended, FAILED)
+        said = errors_in(ended)
+        assert len(said) == 1 and said[0] in ended[0].err, told(ended)
+        assert "No space left on device" in said[0] and "gtddp: lost" not in told(ended)
+        found, _ = checkpoint.newest_valid(job.folder / "run" / "checkpoints")
+        assert found is not None and found.step == 0
+
+
 def truncate(newest: Path) -> str:
     shard = newest / "shard-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
