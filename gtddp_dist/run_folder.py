@@ -19,6 +19,8 @@ DEFAULT_PARENT = Path("runs")
 LOCK = ".lock"
 CONFIG = "config.yaml"
 PATCH = "source.patch"
+JOB = "job"
+"""Folder of the job's script, and of a log for each rank."""
 
 
 def fill(path: Path, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from pathlib import Path
 from typing import TypedDict
@@ -30,6 +31,7 @@ def git_revision(folder: Path = _FOLDER) -> Revision | None:
     return None if revision is None or changes is None else {"revision": revision.strip(), "changed": bool(changes)}
 
 
+@functools.cache  # a process runs one code; a sweep makes a thousand run directories
 def source_patch() -> str | None:
     """What tracked files differ in from the revision, as `git diff` shows it; None where there is no difference."""
     revision = git_revision()

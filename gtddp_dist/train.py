@@ -289,13 +289,21 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
         Writer(run.checkpoints, team.rank, team.world, config.checkpoint.keep) as writer,
     ):
 
+        def wait_for_writing() -> None:
+            problem: CheckpointError | None = None
+            try:
+                writer.wait()
+            except CheckpointError as error:
+                problem = error
+            if team.any(problem is not None)[0]:
+                # Rank 0 completes the checkpoint, and so hears of it where another rank has failed.
+                raise problem if problem is not None and leads else ToldElsewhere(FAILED)
+
         def save() -> None:
             nonlocal saved
             if saved != progress.step:
                 log.flush()
-                if team.any(writer.failed())[0]:
-                    writer.wait()
-                    raise ToldElsewhere(FAILED)  # rank 0 hears of it from the one that failed
+                wait_for_writing()  # of the checkpoint before
                 tensors, values, rank_values = parts.state.collect()
                 name = attempt_name(team)
                 writer.save(progress.step, tensors, values, rank_values=rank_values, attempt=name)
@@ -305,7 +313,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
         while progress.step < parts.total_steps:
             if team.any(stop.requested)[0]:
                 save()
-                writer.wait()
+                wait_for_writing()
                 reason = stop.reason if stop.requested else "a signal to another rank"
                 say(team, f"stopped by {reason} at step {progress.step}, with a checkpoint")
                 return REQUEUE
@@ -335,7 +343,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                 save()
             if progress.skipped_in_a_row >= config.train.max_nonfinite:
                 save()
-                writer.wait()
+                wait_for_writing()
                 say(
                     team,
                     f"gtddp: error: stopped at step {progress.step}: the loss or the gradient of the last "
@@ -345,6 +353,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                 if leads:
                     run.write_summary(summarise(parts, read_metrics(run)))
                 return FAILED
+        wait_for_writing()
     if leads:  # the last step's checkpoint is whole by now: it has the network of all ranks
         last = checkpoint.load(
             checkpoint.folder_of(run.checkpoints, progress.step), lambda key: key.startswith("model/")

@@ -22,8 +22,7 @@ def discover(environ: Mapping[str, str]) -> Ranks | None:
     """This process among the tasks of a Slurm job step; None where it is not one of several.
 
     A batch script, a shell under salloc and a step of one task are no ranks. The ranks meet at the first host of the
-    step, at a port that follows from the numbers of job, step and restart; MASTER_ADDR and MASTER_PORT count over
-    these.
+    step, at a port that follows from the numbers of job, step and restart; MASTER_ADDR and MASTER_PORT count more.
     Raises UserError where a variable of Slurm is missing or no number, or the hosts cannot be told.
     """
     if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:

@@ -140,6 +140,20 @@ def test_local_jobs_are_looked_up_by_their_process(tmp_path: Path, cluster: Clus
     assert cluster.calls("squeue") == []
 
 
+def test_the_last_words_of_a_job_without_an_end(tmp_path: Path, cluster: Cluster) -> None:
+    alone = make_run(tmp_path / "alone", SUBMITTED)
+    trial = make_run(tmp_path / "sweep" / "trials" / "000", SUBMITTED, STARTED)
+    for folder, text in (
+        (alone / "job", "module: command not found\n\n"),
+        (tmp_path / "sweep" / "jobs", "x\nOut of memory\n"),
+    ):
+        folder.mkdir()
+        (folder / "12_3_0_log.out").write_text(text)
+    first, second = (found.reason for found in survey([alone, trial], Scheduler())[0])
+    assert first.endswith(f"the last line of {alone}/job/12_3_0_log.out: module: command not found")
+    assert second.endswith("jobs/12_3_0_log.out: Out of memory")
+
+
 def test_an_end_that_is_written_while_the_scheduler_is_asked(
     tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,8 +290,23 @@ def test_watch_goes_on_until_all_have_ended(
     assert [found.state for found in watch(runs, Scheduler(interval_s=0), 3.0)] == ["done", "done"]
     assert passed == [3.0] * 3
     text = capsys.readouterr().out
-    for part in ("Priority", "squeue failed: Socket timed out", "node1", "2 runs: 2 done"):
-        assert part in text
+    pending = "2 runs: 1 pending, 1 done"
+    told = [pending, pending, "squeue failed: Socket timed out", "2 runs: 1 running, 1 done"]
+    assert text.splitlines()[:4] == told
+    assert text.splitlines()[-1] == "2 runs: 2 done" and text.count("restarts") == 1
+
+
+def test_watch_draws_on_a_terminal(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "one", SUBMITTED)
+    cluster.squeue("12_3|15|PENDING|Priority|\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(status, "time", SimpleNamespace(sleep=lambda seconds: record(run, ended(OK))))
+    watch([run], Scheduler(interval_s=0), 3.0)
+    first, second = capsys.readouterr().out.split("\033[2J\033[H")[1:]
+    assert "Priority" in first and "1 runs: 1 pending" in first
+    assert "1 runs: 1 done" in second
 
 
 def test_a_short_terminal_shows_what_needs_attention() -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +19,7 @@ from stand_ins import Cluster
 
 from gtddp_dist import cli
 from gtddp_dist.config import ConfigError, from_yaml
-from gtddp_dist.errors import BAD_INPUT, FAILED, OK
+from gtddp_dist.errors import BAD_INPUT, FAILED, OK, REQUEUE
 from gtddp_dist.jobs import history
 from gtddp_dist.jobs.history import Decided, Ended, Started, Submitted, record
 from gtddp_dist.jobs.scheduler import Scheduler
@@ -453,3 +457,24 @@ def starts(folder: SweepFolder) -> dict[str, int]:
         trial.name: sum(isinstance(event, Started) for event in history.read(folder.run(trial)))
         for trial in folder.read()[1]
     }
+
+
+def test_an_interrupted_sweep_on_this_host(tmp_path: Path) -> None:
+    """The trial that runs writes a checkpoint and ends; the one that waits is not begun."""
+    (tmp_path / "long.yaml").write_text(
+        "config: digits-sgd\nset: {train.steps: 1000000, log.every: 1, log.progress: false, launch.executor: local}\n"
+        "parameters: {optimizer.lr: [0.1, 0.2]}\n"
+    )
+    command = [sys.executable, "-m", "gtddp_dist", "sweep", "long.yaml", "--dir", "sweep"]
+    first, second = (tmp_path / "sweep" / "trials" / name for name in ("000-lr0.1", "001-lr0.2"))
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while history.last_step(first) == 0 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == REQUEUE and "to go on: gtddp sweep --resume sweep" in err
+    events = history.read(first)
+    assert isinstance(events[-1], Ended) and events[-1].code == REQUEUE and events[-1].step > 0
+    assert (first / "checkpoints" / f"step-{events[-1].step:08d}" / "index.json").is_file()
+    assert history.read(second) == []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -15,13 +17,16 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ..errors import OK, UserError
-from ..run_folder import CONFIG, DEFAULT_PARENT
+from ..run_folder import CONFIG, DEFAULT_PARENT, JOB
 from .facts import Facts, read_facts
 from .scheduler import UNKNOWN, JobState, Scheduler
 
 TRIALS = "trials"
 """Folder of a sweep that holds its runs."""
+JOBS = "jobs"
+"""Folder of a sweep that holds scripts and logs of its jobs."""
 NO_SCHEDULER = "squeue is not on the PATH: states are what the run directories say"
+_LAST_BYTES = 4096
 _NEVER = "its job ended before it started"
 _KILLED = "its processes ended without a word"
 
@@ -129,12 +134,12 @@ def _job(facts: Facts, jobs: Mapping[str, JobState]) -> JobState | None:
         return None
     if facts.executor == "slurm":
         return jobs.get(facts.job)
-    if _lives(facts.job):
+    if is_alive(facts.job):
         return None
     return JobState(job=facts.job, state=UNKNOWN, reason="its process is gone")
 
 
-def _lives(process: str) -> bool:
+def is_alive(process: str) -> bool:
     """Whether the process of a local job, submitit's controller on this host, is still at work."""
     try:
         stat = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
@@ -154,9 +159,9 @@ def _status(facts: Facts, job: JobState | None) -> RunStatus:
             told = ": ".join(filter(None, (job.state if job.state != UNKNOWN else "", job.reason)))
             match facts.phase:
                 case "submitted":
-                    state, reason = "failed", f"{_NEVER}: {told}"
+                    state, reason = "failed", f"{_NEVER}: {told}{_last_words(facts)}"
                 case "running":
-                    state, reason = "killed", f"{_KILLED}: {told}"
+                    state, reason = "killed", f"{_KILLED}: {told}{_last_words(facts)}"
                 case "requeued":
                     state, reason = "failed", f"{facts.reason}; then: {told}"
         elif state in ("submitted", "requeued"):
@@ -174,6 +179,18 @@ def _status(facts: Facts, job: JobState | None) -> RunStatus:
         restarts=facts.restarts,
         reason=reason,
     )
+
+
+def _last_words(facts: Facts) -> str:
+    """The last line that rank 0 of the run's job, or its script, has printed, for a reason; "" where there is none."""
+    name = f"{facts.job}_0_log.out"  # as submitit calls it
+    for log in (facts.run / JOB / name, facts.run.parent.parent / JOBS / name):
+        with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _LAST_BYTES))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            if lines:
+                return f"; the last line of {log}: {lines[-1]}"
+    return ""
 
 
 def table(statuses: Iterable[RunStatus], rows: int | None = None) -> str:
@@ -229,7 +246,8 @@ def counts(statuses: Iterable[RunStatus]) -> str:
 def watch(runs: Sequence[Path], scheduler: Scheduler, every_s: float) -> list[RunStatus]:
     """Draws the table until all runs have ended; where they stand then.
 
-    Slurm's controller may be away for a while: what it says then stands below the table.
+    Where there is no terminal to draw on, it prints how many runs are in each state, when that changes, and the table
+    at the end. Slurm's controller may be away for a while: what it says then stands below.
     """
     terminal = sys.stdout.isatty()
     before = ""
@@ -238,14 +256,16 @@ def watch(runs: Sequence[Path], scheduler: Scheduler, every_s: float) -> list[Ru
             statuses, note = survey(runs, scheduler)
         except UserError as error:
             statuses, note = [_status(read_facts(run), None) for run in runs], str(error)
-        size = shutil.get_terminal_size()
-        text = table(statuses, max(5, size.lines - 8) if terminal else None) + (f"\n{note}" if note else "")
+        over = all(status.over for status in statuses)
+        rows = max(5, shutil.get_terminal_size().lines - 8) if terminal else None
+        text = table(statuses, rows) if terminal or over else counts(statuses)
+        text += f"\n{note}" if note else ""
         if terminal:
             print(f"\033[2J\033[H{text}", flush=True)
         elif text != before:
-            print(text + "\n", flush=True)
+            print(text, flush=True)
         before = text
-        if all(status.over for status in statuses):
+        if over:
             return statuses
         time.sleep(every_s)
 

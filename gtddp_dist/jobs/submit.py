@@ -25,7 +25,7 @@ from ..config import to_yaml
 from ..config_schema import Config, LaunchConfig
 from ..errors import FAILED, OK, UserError
 from ..files import write_text_atomically
-from ..run_folder import CONFIG, fill, new_path, refuse_used
+from ..run_folder import CONFIG, JOB, fill, new_path, refuse_used
 from .history import Submitted, last_end, outcome, read, record
 from .scheduler import Scheduler
 from .script import (
@@ -45,8 +45,6 @@ WAIT_POLL_S = 1.0
 """How often `--wait` looks into the run directory."""
 WAIT_QUERY_S = 15.0
 """How often it asks the scheduler."""
-FOLDER = "job"
-"""Of a run directory: the job's script, and a log for each rank."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def script_of(run: Prepared, name: str) -> str:
     """The sbatch file of a run's job."""
     from submitit.slurm.slurm import _make_sbatch_string  # the one place in submitit that knows it
 
-    folder = run.path / FOLDER
+    folder = run.path / JOB
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
     return _make_sbatch_string(
         command=command,
@@ -158,12 +156,12 @@ def run_resubmit(path: Path, config: Config, *, wait: bool) -> int:
 
 
 def _submit_one(run: Prepared, name: str, *, wait: bool) -> int:
-    [job] = submit_runs([run], run.path / FOLDER, name)
+    [job] = submit_runs([run], run.path / JOB, name)
     if run.config.launch.executor == "debug":
         code = outcome(read(run.path), "debug")
         return FAILED if code is None else code
     shown = run.path.relative_to(Path.cwd()) if run.path.is_relative_to(Path.cwd()) else run.path
-    print(f"{shown}: job {job}; its logs are in {shown / FOLDER}, its state: gtddp status {shown}", flush=True)
+    print(f"{shown}: job {job}; its logs are in {shown / JOB}, its state: gtddp status {shown}", flush=True)
     return wait_for(run.path, run.config.launch.executor) if wait else OK
 
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import UserError
 from ..files import write_text_atomically
-from ..jobs.status import TRIALS
+from ..jobs.status import JOBS, TRIALS
 from ..jobs.submit import prepare_run
 from ..run_folder import DEFAULT_PARENT
 from .space import Configured, Trial
@@ -36,7 +36,7 @@ class SweepFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.jobs = path / "jobs"
+        self.jobs = path / JOBS
         self.table_csv = path / "table.csv"
         self.table_md = path / "table.md"
         self.picture = path / "curves.png"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from ..config import draft, to_yaml
 from ..config_schema import LaunchConfig
-from ..errors import FAILED, OK, UserError
+from ..errors import FAILED, OK, REQUEUE, UserError
 from ..files import write_text_atomically
 from ..jobs.scheduler import INTERVAL_S, Scheduler
-from ..jobs.status import RunStatus, counts, survey, watch
+from ..jobs.status import RunStatus, counts, is_alive, survey, watch
 from ..jobs.submit import Prepared, check_executor, check_launch, submit_runs
 from ..run_folder import CONFIG
 from .folder import SPEC, SweepFolder, make_folder
@@ -22,6 +25,8 @@ from .space import Configured, Trial, trials_of
 from .spec import SweepFile, dump_sweep, read_sweep
 
 POLL_S = 0.5
+END_WITHIN_S = 120.0
+"""How long local trials may take for their checkpoints after Ctrl-C."""
 
 
 def run_sweep(name: str, overrides: Sequence[str], directory: Path | None, *, wait: bool, check_only: bool) -> int:
@@ -135,26 +140,61 @@ def _alike(runs: Sequence[Prepared]) -> Iterator[list[Prepared]]:
 
 
 def _run_here(folder: SweepFolder, runs: Sequence[Prepared], launch: LaunchConfig) -> None:
-    """Runs all on this host, `launch.max_parallel` jobs at once (one, where it is null), until the last has ended."""
+    """Runs all on this host, `launch.max_parallel` jobs at once (one, where it is null), until the last has ended.
+
+    Raises UserError on Ctrl-C or SIGTERM, once the trials that run have written their checkpoints.
+    """
     packs = [runs[first : first + launch.pack] for first in range(0, len(runs), launch.pack)]
     scheduler = Scheduler()
-    active: list[Prepared] = []
+    active: dict[Prepared, str] = {}
     ended = 0
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while packs or active:
-            while packs and len(active) <= ((launch.max_parallel or 1) - 1) * launch.pack:
-                submit_runs(packs[0], folder.jobs, folder.path.absolute().name)
-                active += packs.pop(0)
+            while packs and len(set(active.values())) < (launch.max_parallel or 1):
+                pack = packs.pop(0)
+                with _deaf():
+                    active |= zip(pack, submit_runs(pack, folder.jobs, folder.path.absolute().name), strict=True)
             statuses, _ = survey([run.path for run in active], scheduler)
             for run, status in zip(list(active), statuses, strict=True):
                 if status.over:
-                    active.remove(run)
+                    del active[run]
                     ended += 1
                     print(f"{ended}/{len(runs)} {run.path.name}: {_told(status)}", flush=True)
             time.sleep(POLL_S)
     except KeyboardInterrupt:
-        # The trials that run are of this terminal's process group, and are interrupted too.
-        raise UserError(f"interrupted; to go on: gtddp sweep --resume {folder.path}") from None
+        _end(set(active.values()))
+        stopped = UserError(f"interrupted; to go on: gtddp sweep --resume {folder.path}")
+        stopped.exit_code = REQUEUE
+        raise stopped from None
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started meanwhile take no notice of Ctrl-C, unless they ask for it as training does.
+
+    submitit's own process between here and a trial would kill the trial before its checkpoint is written.
+    """
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def _end(jobs: Collection[str]) -> None:
+    """Asks local jobs to stop, and waits until they have; a second Ctrl-C leaves them alone."""
+    print("gtddp: interrupted: trials that run write a checkpoint and end", file=sys.stderr, flush=True)
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(job), signal.SIGTERM)
+    deadline = time.monotonic() + END_WITHIN_S
+    while any(is_alive(job) for job in jobs):
+        if time.monotonic() > deadline:
+            raise UserError(f"after {END_WITHIN_S:.0f} s there are still processes of trials: {', '.join(jobs)}")
+        time.sleep(POLL_S)
 
 
 def _told(status: RunStatus) -> str:
