@@ -34,15 +34,29 @@ die() {
 
 # --- What it is made of ----------------------------------------------------------------------------------------------
 
-# A number that follows from the folder, so that clusters in two folders share no port, address or link.
-cluster_number() {
-    local sum
+# A number for the ports, addresses and links of this cluster, which nothing else on the machine uses.
+free_number() {
+    local sum first number port ports
     sum=$(cksum <<<"$ROOT")
-    echo $((${sum%% *} % 100))
+    first=$((${sum%% *} % 100))
+    for number in $(seq "$first" 99) $(seq 0 "$first"); do
+        ports=$(for ((port = 0; port <= NODES; port++)); do printf ':%04X \n' $((10000 + number * 100 + port)); done)
+        if ! listening | grep -F "$ports" >/dev/null && [ ! -e "/sys/class/net/gtddp$number" ]; then
+            echo "$number"
+            return
+        fi
+    done
+    die "no free ports between 10000 and 20000"
+}
+
+# Sockets that listen (state 0A), a line each.
+listening() {
+    grep -hs ":0000 0A " /proc/net/tcp /proc/net/tcp6 || true
 }
 
 names() {
-    NUMBER=$(cluster_number)
+    [ -s "$ROOT/number" ] || free_number >"$ROOT/number"
+    NUMBER=$(cat "$ROOT/number")
     BRIDGE=gtddp$NUMBER
     PORT=$((10000 + NUMBER * 100)) # of the controller; nodes have the next ones
     if [ "$NETWORK" = veth ]; then
@@ -169,15 +183,23 @@ stop_boxes() {
     for pid in $pids; do
         kill -KILL "$pid" 2>/dev/null || true
     done
-    until [ -z "$(box_processes)" ]; do
-        within_time || die "these processes do not end: $(box_processes | paste -sd ' ')"
+    for pid in $pids; do
+        until has_ended "$pid"; do
+            within_time || die "process $pid does not end"
+        done
     done
+}
+
+# Once the first process of a box has, all others in it have ended before.
+has_ended() {
+    [ ! -e "/proc/$1" ] || grep -qsE '^State:[[:space:]]*[ZX]' "/proc/$1/status"
 }
 
 # --- The network of NETWORK=veth -------------------------------------------------------------------------------------
 
 start_bridge() {
-    ip link show "$BRIDGE" >/dev/null 2>&1 || ip link add "$BRIDGE" type bridge
+    [ -e "/sys/class/net/$BRIDGE" ] || ip link add "$BRIDGE" type bridge
+    ip link set "$BRIDGE" alias "$ROOT" # by which stop finds it
     ip address replace "$(address head)/24" dev "$BRIDGE"
     ip link set "$BRIDGE" up
 }
@@ -193,12 +215,14 @@ join_network() { # node, its box
 
 # Links end with the networks of their nodes, but not at once.
 stop_network() {
-    command -v ip >/dev/null || return 0
-    local name
-    for name in $(ip -brief link show type veth 2>/dev/null | sed -n "s/^\($BRIDGE-[0-9]*\)@.*/\1/p"); do
-        ip link delete "$name" 2>/dev/null || true
+    local bridge name
+    for bridge in /sys/class/net/gtddp*; do
+        [ "$(cat "$bridge/ifalias" 2>/dev/null)" = "$ROOT" ] || continue
+        for name in "$bridge"/brif/*; do
+            ip link delete "$(basename "$name")" 2>/dev/null || true
+        done
+        ip link delete "$(basename "$bridge")" 2>/dev/null || true
     done
-    ip link delete "$BRIDGE" 2>/dev/null || true
 }
 
 # --- Configuration ---------------------------------------------------------------------------------------------------
@@ -302,6 +326,7 @@ start() {
         stop_boxes # nodes without their controller
         stop_network
         clean
+        names
         mkdir -p "$ROOT/head/state"
         knobs >"$ROOT/knobs"
         write_hosts >"$ROOT/hosts"
@@ -313,6 +338,7 @@ start() {
             echo "Name=gpu File=$ROOT/head/gpus/gpu[0-$((GPUS - 1))]" >"$ROOT/gres.conf"
         fi
     fi
+    names
     export SLURM_CONF=$ROOT/slurm.conf
     [ "$NETWORK" != veth ] || start_bridge
     start_box head
@@ -349,7 +375,7 @@ knobs() {
 
 # What a cluster leaves in its folder, except its logs and its lock.
 clean() {
-    rm -rf "$ROOT/head" "$ROOT"/node[0-9]* "$ROOT"/{hosts,slurm.conf,gres.conf,knobs}
+    rm -rf "$ROOT/head" "$ROOT"/node[0-9]* "$ROOT"/{hosts,slurm.conf,gres.conf,knobs,number}
 }
 
 stop() {
@@ -385,7 +411,7 @@ status() {
 case ${1:-} in
 start | stop | status) ;;
 env)
-    printf 'export SLURM_CONF=%q\n' "$ROOT/slurm.conf"
+    printf 'export SLURM_CONF=%q\n' "$(realpath -m "$ROOT")/slurm.conf"
     exit
     ;;
 *)
@@ -400,5 +426,4 @@ esac
 mkdir -p "$(dirname "$ROOT")"
 ROOT=$(realpath -m "$ROOT")
 PATH=$PATH:/usr/sbin:/sbin
-names
 "$1"

@@ -11,7 +11,7 @@ import pytest
 
 from .cluster import Cluster
 
-NODES = 27
+NODES = 32
 
 
 @pytest.fixture(scope="session")

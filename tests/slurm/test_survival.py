@@ -14,6 +14,7 @@ import pytest
 
 from . import script_stories, stories
 from .cluster import ROOT, Cluster
+from .conftest import NODES
 from .runs import Place, Run
 from .stories import LATE_S
 
@@ -81,6 +82,7 @@ def told(
             if not item.linked:
                 nodes = [f"node{i}" for i in range(first, first + item.nodes)]
                 first += item.nodes
+            assert first <= NODES, "more nodes are needed: NODES in conftest.py"
             cluster.name_nodes(nodes, name)
             place = Place(cluster, nodes, name, tmp_path_factory.mktemp(name))
             futures[name] = pool.submit(item.story, place, unbroken)
