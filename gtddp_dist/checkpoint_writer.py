@@ -139,10 +139,6 @@ class Writer:
             error, self._error = self._error, None
             raise error
 
-    def failed(self) -> bool:
-        """Whether the last save is known to have failed, for ranks that agree on how to go on before they wait."""
-        return self._error is not None
-
     def __enter__(self) -> Writer:
         return self
 

@@ -25,7 +25,7 @@ class Team(Protocol):
         ...
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any rank."""
+        """For each flag, whether it is set on any rank. Waits for all of them, also without a flag."""
         ...
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:

@@ -7,29 +7,26 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from . import checkpoint
+from .assembly import Builder, assembled, opened
 from .checkpoint import Checkpoint, CheckpointError, Wanted
 from .checkpoint_writer import Writer
 from .chronicle import Chronicle, refusals_recorded
 from .config_schema import Config, OptimizerConfig, RunConfig
-from .doctor.folder import check_folder
 from .environment import select_device
 from .errors import FAILED, OK, REQUEUE, ToldElsewhere, UserError
 from .jobs.history import Ended, last_step, read
 from .launch import Ranks, StopRequest, launch
-from .parts import Parts, build, build_model, load_data, validate
+from .parts import Parts, build_model, load_data, validate
 from .plots import plot_curves
 from .registry import OPTIMIZERS
 from .results import results_table, summarise, where_things_are
@@ -38,8 +35,6 @@ from .team import SOLO, Team
 from .training_state import attempt_name, load_model_tensors, model_tensors_of
 from .training_step import Precision
 
-SHARED_WITHIN_S = 20.0
-"""How long a network file system may take to show one host what another has written."""
 LOCK_EXTRA_S = 30.0
 """How much longer than `parallel.lost_after_s` a requeued job waits for processes of its former start to end."""
 
@@ -112,120 +107,8 @@ def was_requeued() -> bool:
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 
 
-class Builder(Protocol):
-    """Builds the parts of runs on the ranks that are there."""
-
-    team: Team
-    layout: tuple[int, ...] | None
-    """Where the network is cut; None in one process."""
-
-    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
-        """Once a rank is lost, from now on: `advice` says what to do, and `note` is called with who it was."""
-        ...
-
-    def build(self, config: Config) -> Parts:
-        """Parts of a run at its start."""
-        ...
-
-
-class SoloBuilder:
-    """Builds runs of one process."""
-
-    team: Team = SOLO
-    layout: tuple[int, ...] | None = None
-
-    def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
-        """Nothing: there is no other rank to lose."""
-
-    def build(self, config: Config) -> Parts:
-        return build(config)
-
-
-@contextlib.contextmanager
-def assembled(
-    config: Config,
-    ranks: Ranks,
-    cuts: Sequence[int] | None = None,
-    advice: str = "nothing was written yet: start the run again",
-) -> Iterator[Builder]:
-    """The ranks of a run, met, while the block runs.
-
-    Args:
-        config: of the run.
-        ranks: this one among the others.
-        cuts: where the network was cut by an earlier start of the run on the same grid.
-        advice: what to do once a rank is lost.
-    """
-    if ranks.world == 1:
-        yield SoloBuilder()
-        return
-    try:
-        from .pipeline.parts import met
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"training on {ranks.world} ranks needs {error.name}, which is not installed: pip install "
-            "'gtddp-dist[cluster]'"
-        ) from error
-    with met(config, ranks, cuts, advice) as builder:
-        yield builder
-
-
 def _continue(run: Path) -> str:
     return f"continue it with: gtddp train --resume {run}"
-
-
-@contextlib.contextmanager
-def opened(
-    team: Team, open_run: Callable[[], AbstractContextManager[RunDirectory]], *, new: bool = False
-) -> Iterator[RunDirectory]:
-    """A run directory that rank 0 opens, and holds the lock of, for all ranks.
-
-    Raises UserError where not all of them see it; a `new` one is removed again then.
-    """
-    with contextlib.ExitStack() as stack:
-        path, problem = "", ""
-        if team.rank == 0:
-            try:
-                path = str(stack.enter_context(open_run()).path.absolute())
-            except UserError as error:
-                problem = str(error)
-        path, problem = json.loads(team.gather_text(json.dumps([path, problem]))[0])
-        if problem:
-            raise UserError(problem) if team.rank == 0 else ToldElsewhere
-        own = Path(path)
-        if team.rank == 0 and own.is_relative_to(Path.cwd()):
-            own = own.relative_to(Path.cwd())
-        problem = unshared(team, own)
-        if problem:
-            if new and team.rank == 0:
-                shutil.rmtree(own)
-            raise UserError(problem) if team.rank == 0 else ToldElsewhere
-        yield RunDirectory(own)
-
-
-def unshared(team: Team, path: Path) -> str:
-    """What is wrong where ranks do not all see one directory under this path; empty where they do."""
-    if team.world == 1:
-        return ""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    hosts = [f"rank {rank} is on {name}" for rank, name in enumerate(team.gather_text(host))]
-    found = check_folder(path, team.rank, TeamMeeting(team), SHARED_WITHIN_S)
-    if found.status == "ok":
-        return ""
-    return (
-        f"the run directory is not shared by all ranks: {found.text} ({', '.join(hosts)}): give run.dir "
-        "on a file system that all hosts have"
-    )
-
-
-class TeamMeeting:
-    """How the ranks of a team exchange texts in a check of `gtddp doctor`."""
-
-    def __init__(self, team: Team) -> None:
-        self._team = team
-
-    def allgather(self, key: str, text: str, within_s: float | None = None) -> list[str]:
-        return self._team.gather_text(text)
 
 
 def evaluate_run(run_dir: Path) -> int:
@@ -289,13 +172,21 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
         Writer(run.checkpoints, team.rank, team.world, config.checkpoint.keep) as writer,
     ):
 
+        def wait_for_writing() -> None:
+            problem: CheckpointError | None = None
+            try:
+                writer.wait()
+            except CheckpointError as error:
+                problem = error
+            if team.any(problem is not None)[0]:
+                # Rank 0 completes the checkpoint, and so hears of it where another rank has failed.
+                raise problem if problem is not None and leads else ToldElsewhere(FAILED)
+
         def save() -> None:
             nonlocal saved
             if saved != progress.step:
                 log.flush()
-                if team.any(writer.failed())[0]:
-                    writer.wait()
-                    raise ToldElsewhere(FAILED)  # rank 0 hears of it from the one that failed
+                wait_for_writing()  # of the checkpoint before
                 tensors, values, rank_values = parts.state.collect()
                 name = attempt_name(team)
                 writer.save(progress.step, tensors, values, rank_values=rank_values, attempt=name)
@@ -305,7 +196,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
         while progress.step < parts.total_steps:
             if team.any(stop.requested)[0]:
                 save()
-                writer.wait()
+                wait_for_writing()
                 reason = stop.reason if stop.requested else "a signal to another rank"
                 say(team, f"stopped by {reason} at step {progress.step}, with a checkpoint")
                 return REQUEUE
@@ -335,7 +226,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                 save()
             if progress.skipped_in_a_row >= config.train.max_nonfinite:
                 save()
-                writer.wait()
+                wait_for_writing()
                 say(
                     team,
                     f"gtddp: error: stopped at step {progress.step}: the loss or the gradient of the last "
@@ -345,6 +236,7 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
                 if leads:
                     run.write_summary(summarise(parts, read_metrics(run)))
                 return FAILED
+        wait_for_writing()
     if leads:  # the last step's checkpoint is whole by now: it has the network of all ranks
         last = checkpoint.load(
             checkpoint.folder_of(run.checkpoints, progress.step), lambda key: key.startswith("model/")

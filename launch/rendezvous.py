@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from ..errors import FAILED, ToldElsewhere, UserError
 from .pause import Pause
@@ -19,6 +20,8 @@ from .ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+T = TypeVar("T")
 
 START_WITHIN_S = 180.0
 """How long ranks wait for each other by default: importing torch on many ranks of a busy host takes most of it."""
@@ -234,13 +237,46 @@ def connect(ranks: Ranks, within_s: float) -> Store:
         return PrefixStore(prefix, held)
     deadline = time.monotonic() + within_s
     _wait_for_port(ranks, deadline, within_s)
+    # Under gtddp and mpirun somebody listens there before rank 0 has come so far as to answer.
+    early = ranks.started_by in ("gtddp", "mpirun")
+    answer_s = max(deadline - time.monotonic(), 1.0) if early else min(ANSWER_WITHIN_S, within_s)
+
+    def join() -> TCPStore:
+        wait = timedelta(seconds=answer_s)
+        return TCPStore(ranks.address, ranks.port, None, is_master=False, timeout=wait, wait_for_workers=False)
+
     try:
-        remaining = timedelta(seconds=max(deadline - time.monotonic(), 1.0))
-        joined = TCPStore(ranks.address, ranks.port, None, is_master=False, timeout=remaining, wait_for_workers=False)
+        joined = _within(answer_s + 1.0, join)
     except DistError as error:
         raise _unreachable(ranks, within_s, str(error).splitlines()[0]) from error
+    if joined is None:
+        raise RankMissing(
+            f"rank {ranks.rank} on {ranks.host} found a process at {ranks.address}:{ranks.port} that is not "
+            f"{_holder(ranks)}: it gave no answer within {answer_s:.0f} s. Look for the error of rank 0, and whether "
+            f"another program has that port ({_PORT_ADVICE[ranks.started_by]})"
+        )
     joined.set_timeout(timeout)
     return PrefixStore(prefix, joined)
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T | None:
+    """What `work` returns or raises; None where that takes longer. TCPStore waits for ever for an answer to its first
+    words, whatever its time-out."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="join the store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    return results[0] if results else None
 
 
 _PORT_ADVICE = {

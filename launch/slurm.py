@@ -22,7 +22,7 @@ def discover(environ: Mapping[str, str]) -> Ranks | None:
     """This process among the tasks of a Slurm job step; None where it is not one of several.
 
     A batch script, a shell under salloc and a step of one task are no ranks. The ranks meet at the first host of the
-    step, at a port that follows from the numbers of job and step; MASTER_ADDR and MASTER_PORT count over these.
+    step, at a port that follows from the numbers of job, step and restart; MASTER_ADDR and MASTER_PORT count more.
     Raises UserError where a variable of Slurm is missing or no number, or the hosts cannot be told.
     """
     if "SLURM_STEP_ID" not in environ or "SLURM_PROCID" not in environ:
@@ -40,15 +40,23 @@ def discover(environ: Mapping[str, str]) -> Ranks | None:
             local_world=_local_world(environ, world),
             host=environ.get("SLURMD_NODENAME") or socket.gethostname(),
             address=environ.get("MASTER_ADDR") or _first_host(environ),
-            port=number(environ, "MASTER_PORT", port_of(number(environ, "SLURM_JOB_ID"), step)),
+            port=number(environ, "MASTER_PORT", port_of(number(environ, "SLURM_JOB_ID"), step, _restart(environ))),
             started_by="srun",
         )
     )
 
 
-def port_of(job: int, step: int) -> int:
-    """The port at which the tasks of a step meet: the same in all of them, and another for the next job or step."""
-    return PORTS[(job * 31 + step) % len(PORTS)]
+def port_of(job: int, step: int, restart: int = 0) -> int:
+    """The port at which the tasks of a step meet: the same in all of them, and another for the next job or step.
+
+    It is another one too when the job was put back: ranks of the former start may still be there, where Slurm has given
+    up their node.
+    """
+    return PORTS[(job * 31 + step + restart * 101) % len(PORTS)]
+
+
+def _restart(environ: Mapping[str, str]) -> int:
+    return number(environ, "SLURM_RESTART_COUNT", 0)
 
 
 def tasks_per_node(text: str) -> list[int]:

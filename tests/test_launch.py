@@ -418,6 +418,17 @@ def test_rank_0_is_missing() -> None:
         Rendezvous(ranks_of(2, port)[1], 1)
 
 
+def test_port_in_use_by_a_process_that_says_nothing() -> None:
+    """Rank 0 cannot have it; the others, who get through to that process, do not wait for its answer for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        first, *others = in_threads(lambda ranks: Rendezvous(ranks, 2), ranks_of(3, port))
+    assert type(first) is errors.UserError and f"port {port} of node0" in str(first)
+    for rank, other in enumerate(others, 1):
+        assert isinstance(other, RankMissing)
+        assert f"rank {rank} on node{rank} found a process at 127.0.0.1:{port} that is not rank 0" in str(other)
+
+
 def test_port_in_use() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -635,6 +646,8 @@ def test_srun(scontrol: str) -> None:
         started_by="srun",
     )
     assert len({slurm.port_of(job, step) for job in (77, 78) for step in range(3)}) == 6
+    again = discover(STEP | {"SLURM_RESTART_COUNT": "1"})
+    assert again is not None and again.port not in {slurm.port_of(77, step) for step in range(9)}
 
 
 def test_srun_with_an_address_of_the_user() -> None:

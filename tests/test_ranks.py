@@ -239,6 +239,7 @@ def test_sums_are_over_the_right_ranks(server: Server, tmp_path: Path) -> None:
         assert found["gather"] == [[r, 0.1 * r] for r in range(4)]
         assert found["text"] == ["", "eins", "zwölf", "日本"]
         assert found["nothing"] == [""] * 4
+        assert found["any waits"] is True
 
 
 def test_weights_do_not_depend_on_the_order_to_the_bit(server: Server, tmp_path: Path) -> None:

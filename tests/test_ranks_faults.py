@@ -285,6 +285,23 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
     assert_equal_runs(tmp_path / "run", unbroken["2x2"])
 
 
+def test_a_last_checkpoint_that_one_rank_cannot_write(server: Server, tmp_path: Path) -> None:
+    """Nobody waits for it: all end together, and rank 0 says why, whichever rank it was."""
+    words = [*COMMON, "parallel.pipe=2", "checkpoint.every=100"]
+    jobs = [
+        command(tmp_path / f"{stop}-{rank}", 2, words, no_room=rank, **({"stop_at": 3} if stop else {}))
+        for stop in (True, False)
+        for rank in (0, 1)
+    ]
+    for job, ended in zip(jobs, server.run(*jobs), strict=True):
+        assert_ended(ended, FAILED)
+        said = errors_in(ended)
+        assert len(said) == 1 and said[0] in ended[0].err, told(ended)
+        assert "No space left on device" in said[0] and "gtddp: lost" not in told(ended)
+        found, _ = checkpoint.newest_valid(job.folder / "run" / "checkpoints")
+        assert found is not None and found.step == 0
+
+
 def truncate(newest: Path) -> str:
     shard = newest / "shard-00001-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
@@ -527,10 +544,15 @@ def test_a_port_that_is_in_use(server: Server, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         # As torchrun's variables, so that gtddp's own listening socket is not used.
         variables = {"GTDDP_STARTED_BY": "", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-        job = Job("ranks.command:work", 1, tmp_path, {"argv": [*COMMON, "parallel.pipe=2"]}, {0: variables})
+        job = Job(
+            "ranks.command:work", 2, tmp_path, {"argv": [*COMMON, "parallel.pipe=2"]}, {0: variables, 1: variables}
+        )
         (ended,) = server.run(job)
-    (said,) = messages(ended, tmp_path)
-    assert f"port {port} of" in said and "is in use by another process" in said
+    assert [rank.code for rank in ended] == [BAD_INPUT, FAILED], told(ended)
+    assert not (tmp_path / "run").exists() and "Traceback" not in told(ended)
+    first, second = errors_in(ended)
+    assert f"port {port} of" in first and "is in use by another process" in first
+    assert f"found a process at 127.0.0.1:{port} that is not rank 0" in second and "the error of rank 0" in second
 
 
 def test_what_each_rank_finds_before_it_meets_the_others(server: Server, tmp_path: Path) -> None:

@@ -130,10 +130,10 @@ class Grid:
     # All ranks
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any rank; the same answer everywhere."""
-        found = torch.tensor([int(flag) for flag in flags], dtype=torch.int32)
+        """For each flag, whether it is set on any rank; the same answer everywhere. Waits for all ranks."""
+        found = torch.tensor([0, *map(int, flags)], dtype=torch.int32)  # gloo does nothing where there is no number
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
-        return [bool(flag) for flag in found]
+        return [bool(flag) for flag in found[1:]]
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """As many numbers of every rank, in the order of ranks; on every rank."""

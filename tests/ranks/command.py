@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gtddp_dist import cli
+from gtddp_dist import checkpoint, cli
 from gtddp_dist import train as training
 from gtddp_dist.launch import Ranks, StopRequest
 from gtddp_dist.parts import Parts
@@ -34,7 +35,8 @@ def work(ranks: Ranks, arguments: Arguments) -> int:
 
     `accident`: {"rank", "step", "op", "what"}: that rank gets the signal `what` before its first instruction `op` of
     the step; or {"rank", "steps", "what": "NaN"}: its inputs of these steps have a NaN. `stop_at`: all ranks are asked
-    to stop after so many steps. `loss_scale`: where the scale of losses begins, with float16.
+    to stop after so many steps. `no_room`: a rank that cannot write its part of any checkpoint after that of step 0.
+    `loss_scale`: where the scale of losses begins, with float16.
     """
     patch = pytest.MonkeyPatch()  # of this process, which ends soon
     accident = cast(dict[str, object], arguments.get("accident") or {})
@@ -42,6 +44,8 @@ def work(ranks: Ranks, arguments: Arguments) -> int:
         (_spoil if accident["what"] == "NaN" else _strike)(patch, accident)
     if "stop_at" in arguments:
         _stop_at(patch, cast(int, arguments["stop_at"]))
+    if arguments.get("no_room") == ranks.rank:
+        _leave_no_room(patch, "write_index" if ranks.rank == 0 else "write_snapshot")
     if "loss_scale" in arguments:
         scale = cast(float, arguments["loss_scale"])
         patch.setattr(Precision, "new_scaler", lambda self: torch.amp.GradScaler(self.device.type, init_scale=scale))
@@ -87,6 +91,17 @@ def _spoil(patch: pytest.MonkeyPatch, accident: dict[str, object]) -> None:
         start(worker, inputs, targets)
 
     patch.setattr(Worker, "start", spoilt)
+
+
+def _leave_no_room(patch: pytest.MonkeyPatch, what: str) -> None:
+    write = getattr(checkpoint, what)
+
+    def refused(folder: Path, *args: object, **kwargs: object) -> object:
+        if "step-00000000" not in folder.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+        return write(folder, *args, **kwargs)
+
+    patch.setattr(checkpoint, what, refused)
 
 
 def _stop_at(patch: pytest.MonkeyPatch, step: int) -> None:
