@@ -274,6 +274,16 @@ def test_captured_data_are_let_go_as_soon_as_the_schedule_says(server: Server, t
             assert most == by_order < 8, (rank, setting.name)
 
 
+def test_replicas_decompose_side_by_side(server: Server, tmp_path: Path) -> None:
+    """Each has its part of the layers, and none waits for another's before its own are done."""
+    setting = Setting(1, 2, 2, "digits", "ekfac", scope="micro_batch", metric="previous")
+    (ended,) = server.run(Job("ranks.probes:decompositions", 2, tmp_path, {"setting": asdict(setting)}))
+    both = [cast(list[str], found) for found in found_by(ended, tmp_path)]
+    # Five players; the one with the projection has canonical bases, which the first replica makes.
+    for done in both:
+        assert done == ["a"] * 4 + ["exchange"] * 5
+
+
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_batch_norm_over_replicas(synchronised: bool, server: Server, tmp_path: Path) -> None:
     """With `sync_batch_norm` weights and running statistics are those of one process with all samples; else not."""
