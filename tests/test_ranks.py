@@ -34,7 +34,7 @@ from ranks.settings import (
     singled_out,
 )
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from gtddp_dist.config import ModelConfig
