@@ -16,7 +16,7 @@ from .optimizer import GTDDP
 from .options import PAPER, Options
 from .players import SUPPORTED
 from .registry import MODELS, OPTIMIZERS, load_object
-from .trajectory import PlainParts, Traced
+from .trajectory import PlainParts, Traced, refuse_shortcuts
 
 _TORCH = {
     "sgd": torch.optim.SGD,
@@ -46,7 +46,11 @@ def base_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
     """GT-DDP on the curvature of its base; a preset fills what the configuration leaves open.
 
-    KFAC and EKFAC by themselves, and the cooperative GT-KFAC and GT-EKFAC, are the same without feedback.
+    KFAC and EKFAC by themselves, and the cooperative GT-KFAC and GT-EKFAC, are the same without feedback. DDPNOpt
+    (arXiv 2002.08809) is the paper's preset on a network without shortcuts.
+
+    Raises:
+        ModelError: ddpnopt-*: the network has a shortcut.
     """
     name = config.optimizer.name
     entry = OPTIMIZERS[name]
@@ -54,7 +58,8 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
     own = {field.name for field in fields(kind)} - _GTDDP_OPTIONS
     base = kind(**{n: v for n, v in _given(config.optimizer, entry.options).items() if n in own})
     options = _given(config.optimizer, tuple(n for n in _GTDDP_OPTIONS if n in entry.options))
-    if not name.startswith("gtddp-"):
+    family = name.partition("-")[0]
+    if family not in ("gtddp", "ddpnopt"):
         options["gauss_newton_weight"] = 0.0
         if entry.base is None:
             options["cooperation"] = "none"
@@ -62,7 +67,9 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
         options.pop("projection", None)
     if config.optimizer.preset == "paper":
         options = {**PAPER, "cooperation": base.of_paper, **options}
-    return GTDDP(
+    if family == "ddpnopt":
+        options = {**PAPER, "cooperation": "none", **options}
+    optimizer = GTDDP(
         model,
         base,
         param_groups=parameter_groups(model, config.optimizer.no_decay),
@@ -72,6 +79,9 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
         seed=config.train.seed,
         **options,  # type: ignore[arg-type]
     )
+    if family == "ddpnopt":
+        refuse_shortcuts(optimizer.trajectory, name)
+    return optimizer
 
 
 def plain_parts(model: nn.Module, config: Config) -> PlainParts:

@@ -155,15 +155,15 @@ class ModelConfig:
     name: Annotated[str, _known("model", MODELS)] = "small-resnet"
     """Registered name of the network."""
     blocks: PositiveInt = 1
-    """small-resnet, nested-resnet: number of residual blocks."""
+    """small-resnet, nested-resnet, plain-net: number of blocks."""
     width: PositiveInt | None = None
     """Output channels of the first convolution; vit: numbers of a token. null: 16; vit: 64."""
     channels: IntList | None = None
-    """small-resnet: output channels of each block; null: 2 width if one, else width, 2 width, 4 width, ..."""
+    """small-resnet, plain-net: output channels of each block; null: 2 width if one, else width, 2 width, ..."""
     batch_norm: bool = False
-    """small-resnet, nested-resnet: a BatchNorm after each convolution."""
+    """small-resnet, nested-resnet, plain-net: a BatchNorm after each convolution."""
     activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh"] | None = None
-    """small-resnet, nested-resnet, coop-net: the non-linearity. null: relu; coop-net: tanh."""
+    """small-resnet, nested-resnet, plain-net, coop-net: the non-linearity. null: relu; coop-net: tanh."""
     stem: Literal["imagenet", "cifar"] = "cifar"
     """resnet*: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""
     patch_size: PositiveInt | None = None
@@ -480,7 +480,7 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
     if config.run.baseline and entry.base is None:
         yield Problem(
             ("run.baseline", "optimizer.name"),
-            f"{optimizer.name} is a base optimizer itself; a baseline is for gtddp-* optimizers",
+            f"{optimizer.name} is a base optimizer itself; a baseline is for gtddp-* and ddpnopt-* optimizers",
         )
     # The paper's preset takes its statistics from the value function.
     statistics = optimizer.statistics or ("value" if optimizer.preset == "paper" else "gradient")

@@ -22,7 +22,7 @@ class OptimizerEntry:
     builder: str
     """`"module:function"`: `build(model: nn.Module, config: Config) -> torch.optim.Optimizer`."""
     base: str | None = None
-    """The base optimizer that a GT-DDP optimizer equals at gauss_newton_weight = 0; a base has None."""
+    """The base optimizer that a GT-DDP or DDPNOpt optimizer equals at gauss_newton_weight = 0; a base has None."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ _GTDDP = (
     "replace_guard",
     "capture",
 )
+_DDPNOPT = ("gauss_newton_weight", "value_hessian", "scope", "replace_guard")
 
 _BASE_BUILDER = "gtddp_dist.build:base_optimizer"
 _GTDDP_BUILDER = "gtddp_dist.build:gtddp_optimizer"
@@ -100,11 +101,18 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "gtddp-adamw": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adamw"),
     "gtddp-kfac": OptimizerEntry(_KRONECKER + _GTDDP, _GTDDP_BUILDER, base="kfac"),
     "gtddp-ekfac": OptimizerEntry(_KRONECKER + _GTDDP, _GTDDP_BUILDER, base="ekfac"),
+    "ddpnopt-sgd": OptimizerEntry(_SGD + _DDPNOPT, _GTDDP_BUILDER, base="sgd"),
+    "ddpnopt-rmsprop": OptimizerEntry(_RMSPROP + _DDPNOPT, _GTDDP_BUILDER, base="rmsprop"),
+    "ddpnopt-adam": OptimizerEntry(_ADAM + _DDPNOPT, _GTDDP_BUILDER, base="adam"),
+    "ddpnopt-ekfac": OptimizerEntry(_KRONECKER + _DDPNOPT, _GTDDP_BUILDER, base="ekfac"),
 }
 
 MODELS: Mapping[str, ModelEntry] = {
     "small-resnet": ModelEntry(
         ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.small_resnet:build"
+    ),
+    "plain-net": ModelEntry(
+        ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.plain_net:build"
     ),
     "nested-resnet": ModelEntry(
         ("blocks", "width", "batch_norm", "activation"), "gtddp_dist.models.nested_resnet:build"

@@ -17,7 +17,7 @@ from .buffers import unchanged_buffers
 from .capture import Stream
 from .collectives import ALONE, Collectives
 from .curvature import Controls, Curvature, Evidence, Metric
-from .curvature.base import State, Statistics
+from .curvature.base import Begun, State, Statistics
 from .diagnostics import Gains, StepFacts
 from .errors import StepError
 from .groups import RecursionGroup, StepSamples
@@ -191,6 +191,14 @@ class Step:
         self, player: Player, samples: PlayerSamples | None = None, values: list[Value] | None = None
     ) -> None:
         """This step's curvature statistics of a player; with ``values``, of the value function where options say so."""
+        evidence = self._evidence(player, samples, values)
+        if evidence is not None:
+            self.statistics.update(self.curvature.statistics(self.controls_of(player), evidence))
+
+    def _evidence(
+        self, player: Player, samples: PlayerSamples | None = None, values: list[Value] | None = None
+    ) -> Evidence | None:
+        """What they are made of; None where no gradient reached the player."""
         controls = self.controls_of(player)
         gradient = {name: self.grads[name] for name in controls.parameters if name in self.grads}
         of_value = self.options.statistics == "value" and values is not None and samples is not None
@@ -205,8 +213,7 @@ class Step:
             if of_value and by_sample is not None:
                 ratios = torch.cat([v.slope / g.weight for g, v in zip(self.groups, values or (), strict=True)])
                 by_sample = by_sample.plus(cast(PlayerSamples, samples), ratios)
-        if gradient:
-            self.statistics.update(self.curvature.statistics(controls, Evidence(gradient, by_sample, self.ranks)))
+        return Evidence(gradient, by_sample, self.ranks) if gradient else None
 
     def _gains(self, player: Player, samples: PlayerSamples, group: RecursionGroup, metric: Metric) -> Gains:
         """H = S R^-1 S^T, q = S R^-1 p and p^T R^-1 p of one group, p = a g + e its own direction."""
@@ -260,10 +267,19 @@ class Step:
         Raises:
             CurvatureError: factors are refused.
         """
-        if self.curvature.needs_samples:
-            for player in self.trajectory.players:
-                if not player.controls().keys() <= self.statistics.keys():
-                    self._new_statistics(player)
+        if not self.curvature.needs_samples:
+            return
+        waiting: list[tuple[Player, Begun]] = []
+        for player in self.trajectory.players:
+            evidence = None if player.controls().keys() <= self.statistics.keys() else self._evidence(player)
+            if evidence is not None:
+                begun = self.curvature.begin(self.controls_of(player), evidence)
+                if begun.waits:
+                    waiting.append((player, begun))
+                else:
+                    self.statistics.update(begun.finish(evidence.samples))
+        for player, begun in waiting:  # each replica has its part of the decompositions by now
+            self.statistics.update(begun.finish(self.samples.of(player, self.curvature.stream)))
 
     def update_plain(self) -> None:
         """The base update of the parameters that belong to no player."""

@@ -135,6 +135,22 @@ class Trajectory:
         return table
 
 
+def refuse_shortcuts(trajectory: Trajectory, optimizer: str) -> None:
+    """Refuse a network in which more than one tensor crosses a cut, for an optimizer whose state is one tensor.
+
+    Raises:
+        ModelError: names the first module before which that is so.
+    """
+    for stage in trajectory.stages:
+        if len(stage.live_before) > 1:
+            module = next(iter(stage.player.modules))
+            raise ModelError(
+                f"{optimizer} takes networks without shortcuts only: before module '{module}' "
+                f"{len(stage.live_before)} tensors are live ({', '.join(stage.live_before)}); take gtddp-* for this "
+                "network, or a network such as model.name=plain-net"
+            )
+
+
 class Traced(nn.Module):
     """A module whose forward pass runs a trajectory that is known already: a rank's segment of a model."""
 

@@ -155,7 +155,7 @@ def _both(*modules: str) -> tuple[str, ...]:
     return tuple(f"{module}.{kind}" for module in modules for kind in ("weight", "bias"))
 
 
-# --- a sequential network -----------------------------------------------------------------------------------
+# --- sequential networks -----------------------------------------------------------------------------------
 
 MLP = Net(
     "mlp",
@@ -166,6 +166,26 @@ MLP = Net(
         Stage("4", _both("4"), ("h2",), lambda p, z: (_linear(p, "4", z[0]),)),
     ),
     input_shape=(5,),
+    classes=3,
+)
+
+
+CHAIN = Net(
+    "chain",
+    lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(2, 3, 3, stride=2, padding=1),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    ),
+    (
+        Stage("0", _both("0"), ("x",), lambda p, z: (torch.tanh(_conv(p, "0", z[0], padding=1)),)),
+        Stage("2", _both("2"), ("h1",), lambda p, z: (functional.softplus(_conv(p, "2", z[0], stride=2, padding=1)),)),
+        Stage("5", _both("5"), ("h2",), lambda p, z: (_linear(p, "5", z[0].flatten(1)),)),
+    ),
+    input_shape=(1, 4, 4),
     classes=3,
 )
 
@@ -781,6 +801,9 @@ COOPERATIVE_NETS: dict[str, Net] = {
 
 SEPARATE_NETS: dict[str, Net] = {net.name: net for net in (PROJECTION_SEPARATE, PROJECTION_FIRST_SEPARATE)}
 """Networks whose projections are players of their own."""
+
+PLAIN_NETS: dict[str, Net] = {net.name: net for net in (MLP, CHAIN)}
+"""Networks without shortcuts."""
 
 ALL_NETS = NETS | COOPERATIVE_NETS | SEPARATE_NETS
 """Every network by name."""

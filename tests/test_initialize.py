@@ -174,6 +174,16 @@ def test_one_process_that_nobody_started(expected: Trained, tmp_path: Path) -> N
     assert_close(state, expected.state[STEPS])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: one rank of NCCL")
+def test_one_rank_of_nccl(expected: Trained, tmp_path: Path) -> None:
+    """A start and a few steps; that several ranks of NCCL talk to each other is not tested anywhere."""
+    order: Order = {"pipe": 1, "data": 1, "steps": STEPS, "folder": str(tmp_path), "name": "gpu", "device": "cuda"}
+    ran(sys.executable, orders=[order], cwd=tmp_path)
+    _, (state,) = found_in(tmp_path, "gpu", 1)
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, expected.state[STEPS][name], rtol=1e-7, atol=1e-9)
+
+
 def test_what_initialize_and_its_engine_refuse(server: Server, tmp_path: Path) -> None:
     (ended,) = server.run(Job("ranks.own_model:refused", 1, tmp_path))
     assert [rank.code for rank in ended] == [0], told(ended)

@@ -127,6 +127,11 @@ CASES: dict[str, Case] = {
         ],
         [1, 1, 1, 1, 1],  # both layers of a block read the one state
     ),
+    "plain-net": Case(
+        registered(name="plain-net", width=4, activation="tanh"),
+        [["stem.conv"], ["blocks.0.first.conv"], ["blocks.0.second.conv"], ["hidden"], ["classifier"]],
+        [1, 1, 1, 1, 1],
+    ),
     "nested-resnet": Case(
         registered(name="nested-resnet", width=4, activation="tanh"),
         NESTED,

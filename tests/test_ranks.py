@@ -34,6 +34,7 @@ from ranks.settings import (
     singled_out,
 )
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
 from gtddp_dist.config import ModelConfig
@@ -274,6 +275,16 @@ def test_captured_data_are_let_go_as_soon_as_the_schedule_says(server: Server, t
             assert most == by_order < 8, (rank, setting.name)
 
 
+def test_replicas_decompose_side_by_side(server: Server, tmp_path: Path) -> None:
+    """Each has its part of the layers, and none waits for another's before its own are done."""
+    setting = Setting(1, 2, 2, "digits", "ekfac", scope="micro_batch", metric="previous")
+    (ended,) = server.run(Job("ranks.probes:decompositions", 2, tmp_path, {"setting": asdict(setting)}))
+    both = [cast(list[str], found) for found in found_by(ended, tmp_path)]
+    # Five players; the one with the projection has canonical bases, which the first replica makes.
+    for done in both:
+        assert done == ["a"] * 4 + ["exchange"] * 5
+
+
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_batch_norm_over_replicas(synchronised: bool, server: Server, tmp_path: Path) -> None:
     """With `sync_batch_norm` weights and running statistics are those of one process with all samples; else not."""
@@ -352,6 +363,27 @@ def test_every_way_of_starting_gives_the_same_weights(tmp_path: Path) -> None:
         assert [key for key in first if not torch.equal(first[key], found[key])] == [], name
     if missing:
         pytest.skip(f"not tried: {', '.join(missing)} not installed beside this Python; the others agree")
+
+
+def test_what_ranks_log(server: Server, tmp_path: Path) -> None:
+    """By one of them: the loss of the last segment, what each rank did, ages of factors; in both logs."""
+    words = ["optimizer.name=gtddp-ekfac", "optimizer.metric=previous", "log.every=2", "log.tensorboard=true"]
+    job = Job("ranks.command:work", 4, tmp_path, {"argv": [*RUN, *words, "run.dir=run"]}, within_s=100)
+    (ended,) = server.run(job)
+    assert [rank.code for rank in ended] == [0] * 4, told(ended)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    by_rank = [f"rank-{rank}/{name}" for rank in range(4) for name in ("busy_s", "idle_s", "sent_mb", "memory_mb")]
+    for line in lines:
+        assert {"train/loss", "throughput", "lr", *by_rank} <= line.keys()
+        assert {"gtddp/factor_age", "gtddp/basis_age", "gtddp/actual_decrease"} <= line.keys()
+        assert all(line[f"rank-{rank}/{name}"] > 0 for rank in range(4) for name in ("busy_s", "sent_mb", "memory_mb"))
+        assert 1.5 < line["train/loss"] < 4
+    assert lines[-1]["gtddp/basis_age"] == 3  # made in the first of four steps
+    (events,) = (tmp_path / "run" / "tb").iterdir()
+    found = EventAccumulator(str(events)).Reload()
+    for name in ("train/loss", *by_rank, "gtddp/factor_age", "val/loss"):
+        assert [point.step for point in found.Scalars(name)] == ([4] if name == "val/loss" else [2, 4])
 
 
 def make_namespaces(names: Sequence[str]) -> str:

@@ -228,6 +228,8 @@ def test_newest_values_are_read_from_the_end(tmp_path: Path) -> None:
     assert newest_values(file, ("step", "lr")) == {"step": 1499.0}
     file.write_text(line(1, val__accuracy=0.25) + line(2))
     assert newest_values(file, ("val/accuracy",)) == {"val/accuracy": 0.25}  # the very first line
+    file.write_text(line(1) + json.dumps({"step": 2, "long": "x" * facts._TAIL, "lr": 0.5}) + "\n")
+    assert newest_values(file, ("lr",)) == {"lr": 0.5}  # a line whose beginning is read later
     file.write_text('{"step": 3, "lr": }\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl.*no number lr"):
         newest_values(file, ("lr",))

@@ -11,7 +11,7 @@ bias, and a cooperative one two layers. State is kept by parameter, in torch.opt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -66,6 +66,19 @@ class Evidence:
     gradient: Grads
     samples: PlayerSamples | None
     ranks: Collectives = ALONE
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Curvature statistics of which a part was made.
+
+    Attributes:
+        finish: makes the rest, given the samples of the evidence once more.
+        waits: whether other replicas have a part in the rest; begin the statistics of other players before it.
+    """
+
+    finish: Callable[[PlayerSamples | None], dict[str, State]]
+    waits: bool
 
 
 class Metric(ABC):
@@ -162,6 +175,11 @@ class Curvature(ABC):
     @abstractmethod
     def statistics(self, controls: Controls, evidence: Evidence) -> dict[str, State]:
         """The curvature statistics after this step; changes nothing."""
+
+    def begin(self, controls: Controls, evidence: Evidence) -> Begun:
+        """:meth:`statistics` in two parts, between which replicas work side by side on those of several players."""
+        new = self.statistics(controls, evidence)
+        return Begun(lambda samples: new, waits=False)
 
     @abstractmethod
     def metric(self, controls: Controls, statistics: Statistics) -> Metric | None:

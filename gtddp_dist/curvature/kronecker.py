@@ -27,6 +27,7 @@ from ..players import AffineGradients, PlayerSamples, is_affine, of_module, qual
 from ..trajectory import Player
 from . import factors as bases
 from .base import (
+    Begun,
     Controls,
     Cooperation,
     Curvature,
@@ -165,10 +166,15 @@ class KroneckerCurvature(Curvature):
     # Statistics: running averages, then bases
 
     def statistics(self, controls: Controls, evidence: Evidence) -> dict[str, State]:
+        return self.begin(controls, evidence).finish(evidence.samples)
+
+    def begin(self, controls: Controls, evidence: Evidence) -> Begun:
+        """Up to the decompositions that are this replica's to make; the rest exchanges them."""
         new: dict[str, State] = {name: {} for name in evidence.gradient}
         if controls.player is None:
-            return new
+            return Begun(lambda samples: new, waits=False)
         samples = evidence.samples
+        ranks = evidence.ranks  # what finishes the work must not hold on to the samples
         layers = _layers(controls)
         if samples is None or not layers.keys() <= samples.parts.keys():
             raise CurvatureError(
@@ -180,14 +186,23 @@ class KroneckerCurvature(Curvature):
         for name in new:
             new[name] = {k: v for k, v in controls.state[name].items() if k != "momentum_buffer"}
         if steps % self.factor_every == 0:
-            self._average(controls, samples, layers, new, evidence.ranks)
+            self._average(controls, samples, layers, new, ranks)
         if steps % self.basis_every == 0 or any("basis_b" not in new[anchor] for anchor in anchors.values()):
-            self._refresh(controls, layers, new, evidence.ranks)
-        if steps % self.factor_every == 0:
-            self._correct(controls, samples, layers, new, evidence.ranks)
-        new[first]["step"] = torch.tensor(float(steps + 1))
-        # Decompositions have other strides than a checkpoint gives back; the last bit of products depends on them.
-        return {name: {key: value.contiguous() for key, value in state.items()} for name, state in new.items()}
+            work: _Decompositions | None = self._decompose(controls, layers, new, ranks)
+        else:
+            work = None
+
+        def finish(samples: PlayerSamples | None) -> dict[str, State]:
+            if work is not None:
+                self._exchange(controls, layers, new, work, ranks)
+            if steps % self.factor_every == 0:
+                assert samples is not None
+                self._correct(controls, samples, layers, new, ranks)
+            new[first]["step"] = torch.tensor(float(steps + 1))
+            # Decompositions have other strides than a checkpoint gives back; the last bit of products depends on them.
+            return {name: {key: value.contiguous() for key, value in state.items()} for name, state in new.items()}
+
+        return Begun(finish, waits=work is not None and ranks.replicas > 1)
 
     def ages(self, controls: Controls) -> dict[str, float]:
         """Of the factors' last update and of the bases: more than ``basis_every`` where a decomposition failed."""
@@ -256,16 +271,17 @@ class KroneckerCurvature(Curvature):
         self.mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0], ranks)
         self.mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0], ranks)
 
-    def _refresh(
+    def _decompose(
         self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State], ranks: Collectives
-    ) -> None:
-        """New bases; where a decomposition fails the previous one is kept, a bounded number of times.
+    ) -> _Decompositions:
+        """New bases of those layers that are this replica's part.
 
-        Replicas have the same factors, so they share the decompositions out among themselves.
+        Replicas have the same factors, so they share the decompositions out among themselves, player by player.
         """
         pair = self.pair(controls)
         alone = [name for name in layers if pair is None or name != pair[1]]  # that one with its partner
-        owners = {name: index % ranks.replicas for index, name in enumerate(alone)}
+        first = cast(Player, controls.player).index  # most players have one layer
+        owners = {name: index % ranks.replicas for index, name in enumerate(alone, first)}
         found: dict[str, _Decomposed] = {}
         reasons: dict[str, str] = {}
         for name in alone:
@@ -281,15 +297,27 @@ class KroneckerCurvature(Curvature):
                     found[name] = self._canonical_bases(state, partner, controls.groups[anchor_of(name, controls)])
             except torch.linalg.LinAlgError as error:
                 reasons[name] = str(error)
-        for name in alone:
+        return _Decompositions(owners, found, reasons)
+
+    def _exchange(
+        self,
+        controls: Controls,
+        layers: Mapping[str, Layout],
+        new: dict[str, State],
+        work: _Decompositions,
+        ranks: Collectives,
+    ) -> None:
+        """New bases from whoever made them; where that failed the previous one is kept, a bounded number of times."""
+        pair = self.pair(controls)
+        for name, owner in work.owners.items():
             state = new[anchor_of(name, controls)]
             partner = None if pair is None or name not in pair else new[anchor_of(pair[1], controls)]
-            failed = torch.tensor(float(name in reasons)).to(state["factor_b"])
-            failed, *tensors = ranks.from_replica(owners[name], [failed, *found[name].tensors()])
+            failed = torch.tensor(float(name in work.reasons)).to(state["factor_b"])
+            failed, *tensors = ranks.from_replica(owner, [failed, *work.found[name].tensors()])
             if bool(failed):
-                self._keep_basis(state, name, reasons.get(name, f"in replica {owners[name]}"))
+                self._keep_basis(state, name, work.reasons.get(name, f"in replica {owner}"))
                 continue
-            found[name].filled(tensors).store(state, partner)
+            work.found[name].filled(tensors).store(state, partner)
             state["basis_failures"] = torch.zeros(())
             self._restart(state, partner, layers[name], controls, name)
 
@@ -462,6 +490,21 @@ class _Decomposed:
         state.update(self.own)
         if partner is not None:
             partner.update(self.partners or self.own)
+
+
+@dataclass(frozen=True)
+class _Decompositions:
+    """Those of a player.
+
+    Attributes:
+        owners: layer -> the replica that makes it.
+        found: what there is; of other replicas' layers no more than the shapes.
+        reasons: layer -> why it failed here.
+    """
+
+    owners: dict[str, int]
+    found: dict[str, _Decomposed]
+    reasons: dict[str, str]
 
 
 def corollary7(

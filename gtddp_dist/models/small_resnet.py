@@ -74,7 +74,7 @@ class SmallResNet(nn.Module):
         channels: output channels of each residual block.
         batch_norm: put a BatchNorm behind each convolution.
         activation: name of the non-linearity, a key of `ACTIVATIONS`.
-        block: class of the residual blocks.
+        block: makes a block, as `ResidualBlock` is made.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class SmallResNet(nn.Module):
         channels: tuple[int, ...],
         batch_norm: bool = False,
         activation: str = "relu",
-        block: type[ResidualBlock] = ResidualBlock,
+        block: Callable[..., nn.Module] = ResidualBlock,
     ) -> None:
         super().__init__()
         new_activation = ACTIVATIONS[activation]
@@ -116,7 +116,11 @@ def default_channels(width: int, blocks: int) -> tuple[int, ...]:
 
 
 def build(
-    config: ModelConfig, in_channels: int, classes: int, image_size: int, block: type[ResidualBlock] = ResidualBlock
+    config: ModelConfig,
+    in_channels: int,
+    classes: int,
+    image_size: int,
+    block: Callable[..., nn.Module] = ResidualBlock,
 ) -> SmallResNet:
     """The network that `model.blocks`, `width`, `channels`, `batch_norm` and `activation` describe, for any image."""
     width = config.width or DEFAULT_WIDTH

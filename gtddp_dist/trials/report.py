@@ -152,13 +152,13 @@ def _shown(value: float | None, name: str) -> str:
 
 
 def _write_hparams(folder: Path, results: Sequence[Result]) -> None:
-    """A folder for each trial that has numbers, with its settings and them, for TensorBoard's HParams view."""
+    """A folder for each trial that is done, with its settings and numbers, for TensorBoard's HParams view."""
     from torch.utils.tensorboard import SummaryWriter
 
     shutil.rmtree(folder, ignore_errors=True)
     for result in results:
-        if not result.numbers:
-            continue
+        if result.status.state != "done":
+            continue  # also one that stopped for a loss that is not finite, which has numbers too
         settings: dict[str, str | float | bool] = {"label": result.trial.label}
         settings |= {key: _plain(value) for key, value in result.trial.values.items()}
         # Under names of their own: the curves of a run are not to get a second point at their end.

@@ -43,6 +43,7 @@ class Order(TypedDict, total=False):
     """In the end also load the newest checkpoint once more, and repeat the steps from there."""
     folder: str
     """Of checkpoints and of what is found."""
+    device: str
     name: str
     """Of what is found: `<name>-<rank>.json` and `<name>-<rank>.pt`."""
 
@@ -115,7 +116,7 @@ def new_engine(
         loss=F.cross_entropy,
         cuts=cuts,
         seed=7,
-        device="cpu",
+        device=order.get("device", "cpu"),
     )
 
 
@@ -136,6 +137,7 @@ def carry_out(order: Order) -> None:
             again = _copy(engine)
             found["state again"] = all(torch.equal(again[name], state[name]) for name in state)
         found["cuts"], rank = list(engine.cuts), engine.grid.rank
+    state = {name: tensor.cpu() for name, tensor in state.items()}
     torch.save(state, folder / f"{order['name']}-{rank}.pt")
     (folder / f"{order['name']}-{rank}.json").write_text(json.dumps(found))
 

@@ -7,12 +7,13 @@ import json
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from gtddp_dist import GTDDP, curvature
 from gtddp_dist.capture import MicroBatch
 from gtddp_dist.config import ModelConfig
+from gtddp_dist.curvature import factors
 from gtddp_dist.launch import Ranks
 from gtddp_dist.models import resnet, small_resnet
 from gtddp_dist.pipeline.company import Place, company
@@ -141,6 +143,33 @@ def orders(ranks: Ranks, arguments: Arguments) -> None:
                 order = "; ".join(map(str, engine.order))
                 found[f"{setting.name} {name}"] = [order, _equal(states[-1], states[0])]
     _tell(ranks, found)
+
+
+# Decompositions -------------------------------------------------------------------------------------------
+
+
+def decompositions(ranks: Ranks, arguments: Arguments) -> None:
+    """What a replica does in a step of EKFAC: decomposes "a" factor, or has its "exchange" with the other."""
+    setting = _setting(arguments["setting"])
+    done: list[str] = []
+    decompose, exchange = factors.eigenbasis, Grid.from_replica
+
+    def decomposing(factor: Tensor) -> tuple[Tensor, Tensor]:
+        done.append("a")
+        return decompose(factor)
+
+    def exchanging(grid: Grid, source: int, tensors: Sequence[Tensor]) -> list[Tensor]:
+        done.append("exchange")
+        return exchange(grid, source, tensors)
+
+    patch = pytest.MonkeyPatch()  # of this process, which ends soon
+    patch.setattr(factors, "eigenbasis", decomposing)
+    patch.setattr(Grid, "from_replica", exchanging)
+    with on_grid(ranks, setting.pipe, setting.data) as grid:
+        engine = new_engine(setting, grid)
+        for x, y in replace(setting, steps=1).batches():
+            engine.step(own_chunks(setting, grid, x), own_chunks(setting, grid, y))
+    _tell(ranks, done)
 
 
 # Memory ---------------------------------------------------------------------------------------------------
