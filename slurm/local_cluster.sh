@@ -111,7 +111,7 @@ install_programs() {
     if ! ${command/install/install -y} >"$log" 2>&1 && ! { apt-get update && ${command/install/install -y}; } >"$log" 2>&1; then
         tail -n 20 "$log" >&2
         rm "$log"
-        die "$command failed"
+        die "missing: $missing, and this failed: $command"
     fi
     rm "$log"
     missing=$(missing_programs | paste -sd ' ')

@@ -118,14 +118,6 @@ class Cluster:
                 f"ActiveFeatures={features}",
             )
 
-    def is_up(self, node: str) -> bool:
-        """Whether a node takes jobs."""
-        return self.ask("sinfo", "--noheader", f"--nodes={node}", "--partition=main", "--format=%t").strip() in (
-            "idle",
-            "mix",
-            "alloc",
-        )
-
     # What befalls it
 
     def box(self, name: str) -> int:

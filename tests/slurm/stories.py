@@ -212,5 +212,4 @@ def lost_link(place: Place, _: Unbroken) -> Run:
     assert run.steps() == list(range(1, STEPS + 1))
     wait_until(lambda: not Path(f"/proc/{old}").exists(), 60, "end of the rank on the node that was cut off")
     place.cluster.link(node, "up")
-    wait_until(lambda: place.cluster.is_up(node), 60, "the node is up again")
     return run
