@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import cast
@@ -453,5 +454,8 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
     """One look at the device for all of them."""
     if not tensors:
         return True
-    norms = torch._foreach_norm(list(tensors), float("inf"))  # squares could overflow where the values do not
-    return bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])).all())
+    for order in (2.0, math.inf):  # the first is ten times as fast on a CPU, but overflows where the values do not
+        norms = torch._foreach_norm(list(tensors), order)
+        if bool(torch.isfinite(torch.stack([n.to(norms[0].device, torch.float64) for n in norms])).all()):
+            return True
+    return False
