@@ -147,9 +147,7 @@ class StepSamples:
                     )
         return PlayerSamples(parts) if parts else None
 
-    def _gathered(
-        self, name: str, module: nn.Module, captured: Sequence[Tensor | None]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _gathered(self, name: str, module: nn.Module, captured: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
         """Prepared inputs and output gradients of every micro-batch."""
         dtype = next(module.parameters(recurse=False)).dtype
         if any(module not in m.inputs for m in self.micro_batches):

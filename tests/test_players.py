@@ -14,7 +14,6 @@ from gtddp_dist.players import (
     FormedGradients,
     Scale,
     is_affine,
-    is_supported,
     prepare,
     sample_gradients,
 )
@@ -235,5 +234,3 @@ def test_formed_gradients_have_the_same_products(name: str, limit: int, monkeypa
     direction = {n: torch.randn_like(p) for n, p in part.controls.items()}
     torch.testing.assert_close(formed.inner(direction), part.inner(direction), rtol=1e-12, atol=1e-12)
     assert formed.formed(scales, B) is formed
-
-

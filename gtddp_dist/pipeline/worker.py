@@ -487,7 +487,7 @@ class Worker:
                 for found, total in zip(step.collect(player), (work.gradient, work.correction), strict=True):
                     kept = total.setdefault(player.index, {})
                     for name, grad in found.items():
-                        kept[name] = kept[name] + grad if name in kept else grad
+                        kept[name] = kept[name].add_(grad) if name in kept else grad  # formed here: nobody else has it
         if self.shape.by == "micro_batch":
             del work.units[u]
 

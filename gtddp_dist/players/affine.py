@@ -13,7 +13,7 @@ from .base import SampleGradients, Scale, gram_of
 from .pairs import PASS, pair_cost, pair_gram, unfolded
 
 GramPath = Literal["materialise", "positions", "pixels"]
-"""Ways to S S^T: per-sample gradients, formed and multiplied; pairs of positions of unfolded inputs; pairs of pixels."""
+"""Ways to S S^T: per-sample gradients, formed and multiplied; pairs of positions of unfolded inputs, or of pixels."""
 
 FORMED_LIMIT = 8
 """Numbers of a sample's gradient, over those of its captured input and output gradient, up to which it is kept."""

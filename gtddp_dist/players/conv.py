@@ -24,8 +24,8 @@ LIBRARY_POSITIONS = 200
 them in a third of the time, 256 in two thirds, 64 in twice the time (8 samples, 64 to 256 channels)."""
 
 PRODUCT_POSITIONS = 16
-"""Positions up to which one matrix product of unfolded inputs makes the weight's gradient faster than a convolution, on a
-CPU: 16 of them in two thirds of the time (8 samples, 512 channels), 64 in 1.3 times."""
+"""Positions up to which one matrix product of unfolded inputs makes the weight's gradient faster than a convolution, on
+a CPU: 16 of them in two thirds of the time (8 samples, 512 channels), 64 in 1.3 times."""
 
 
 class ConvGradients(AffineGradients):

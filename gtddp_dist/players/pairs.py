@@ -1,14 +1,16 @@
 """Gram matrices by pairs of positions: <g_b, g_b'> without either gradient.
 
-A sample's gradient is a sum over positions q of y_q x_q^T, so <g_b, g_b'> = sum over q, q' of <y_bq, y_b'q'> <x_bq, x_b'q'>:
-two Gram matrices of all positions of all samples, multiplied entry by entry. What a convolution's kernel sees at q are
-the pixels q + k, one for each kernel element k, and <x_bq, x_b'q'> is the sum over k of the inner products of pixels
-q + k and q' + k: shifted diagonals of the Gram matrix of the pixels themselves, which has as many channels fewer as the
-kernel has elements. With a stride s, elements k with the same k modulo s see pixels of one *phase*, every s-th of them.
+A sample's gradient is a sum over positions q of y_q x_q^T, so <g_b, g_b'> is the sum over q and q' of
+<y_bq, y_b'q'> <x_bq, x_b'q'>: two Gram matrices of all positions of all samples, multiplied entry by entry. What a
+convolution's kernel sees at q are the pixels q + k, one for each kernel element k, and <x_bq, x_b'q'> is the sum over k
+of the inner products of pixels q + k and q' + k: shifted diagonals of the Gram matrix of the pixels themselves, which
+has as many channels fewer as the kernel has elements. With a stride, elements with the same k modulo the stride see
+pixels of one *phase*, every stride-th of them.
 
-Samples are taken in blocks, and only pairs of blocks on one side of the diagonal: that halves the work, and bounds memory.
+Samples are taken in blocks, and only pairs of blocks on one side of the diagonal: that halves the work and bounds
+memory.
 
-Shape suffixes beyond those of `base`: S the positions, one dimension for each of space, between the group and the samples.
+Shape suffixes beyond those of `base`: S the positions, one dimension for each of space, between group and samples.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 BLOCK_ROWS = {"cpu": 2**9}
@@ -119,9 +120,7 @@ def pair_gram(x_GSBI: Tensor, y_GSBO: Tensor, seen: Sequence[Phase]) -> Tensor:
         sizes = [cut[index].stop - cut[index].start for index in (first, second)]
         total: Tensor | None = None
         for phase, rows in zip(seen, x_rows, strict=True):
-            of_pixels = (rows[first] @ rows[second].mT).reshape(
-                G, *phase.sizes, sizes[0], *phase.sizes, sizes[1]
-            )
+            of_pixels = (rows[first] @ rows[second].mT).reshape(G, *phase.sizes, sizes[0], *phase.sizes, sizes[1])
             of_positions = _shifted(of_pixels, phase, outputs)
             total = of_positions if total is None else total.add_(of_positions)
         if total is None:  # the kernel sees nothing but padding
