@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,17 +14,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gtddp_dist.capture import MicroBatch
 from gtddp_dist.groups import StepSamples
-from gtddp_dist.players import AffineGradients, FormedGradients, SampleGradients, Scale, prepare, sample_gradients
+from gtddp_dist.players import (
+    AffineGradients,
+    FormedGradients,
+    GramPath,
+    SampleGradients,
+    Scale,
+    prepare,
+    sample_gradients,
+)
 from gtddp_dist.players import pairs as pairs_module
 from gtddp_dist.players.conv import LIBRARY_POSITIONS
 from gtddp_dist.trajectory import Player
 
-CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def captured(module: nn.Module, samples: int, space: tuple[int, ...], seed: int = 0) -> AffineGradients:
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     torch.manual_seed(seed)
-    x = torch.randn(samples, module.in_channels, *space, dtype=torch.float64)  # type: ignore[arg-type]
+    x = torch.randn([samples, module.in_channels, *space], dtype=torch.float64)
     y = torch.randn_like(module(x))
     part = sample_gradients(module, prepare(module, x), y, 1.5)
     assert isinstance(part, AffineGradients)
@@ -50,7 +60,7 @@ def test_pairs_are_the_gram_matrix_of_formed_gradients(
     fits = all(n + 2 * p > d * (k - 1) for n, k, _, p, d in dimensions)
     if not fits or (mode == "circular" and any(p > n for n, _, _, p, _ in dimensions)):
         return
-    module = CONVOLUTIONS[len(size)](  # type: ignore[operator]
+    module = CONVOLUTIONS[len(size)](
         2 * groups, 3 * groups, kernel, stride, padding, dilation, groups, bias, mode, dtype=torch.float64
     )
     part = captured(module, samples, size)
@@ -58,8 +68,11 @@ def test_pairs_are_the_gram_matrix_of_formed_gradients(
     expected = part.gram(metric, "materialise")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(pairs_module.BLOCK_ROWS, "cpu", block_rows)
-        for path in ("pixels", "positions"):
-            torch.testing.assert_close(part.gram(metric, path), expected, rtol=1e-12, atol=1e-12 * expected.abs().max())
+        paths: tuple[GramPath, ...] = ("pixels", "positions")
+        for path in paths:
+            torch.testing.assert_close(
+                part.gram(metric, path), expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max())
+            )
 
 
 @pytest.mark.parametrize(

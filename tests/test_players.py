@@ -12,6 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from gtddp_dist.players import (
     FormedGradients,
+    GramPath,
     Scale,
     is_affine,
     prepare,
@@ -169,7 +170,8 @@ def test_all_products_agree_with_torch_func(name: str) -> None:
         expected = sum(((S[n] * metric[n]).flatten(1) @ S[n].flatten(1).mT for n in names), torch.zeros(B, B))
         torch.testing.assert_close(samples.gram(metric), expected, rtol=1e-11, atol=1e-10)
         if metric is scalar and isinstance(samples, AffineGradients):
-            for path in ("materialise", "positions", *(["pixels"] if name.startswith("conv") else [])):
+            paths: tuple[GramPath, ...] = ("materialise", "positions")
+            for path in (*paths, "pixels") if name.startswith("conv") else paths:
                 torch.testing.assert_close(samples.gram(metric, path), expected, rtol=1e-11, atol=1e-10)
 
 

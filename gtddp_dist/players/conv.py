@@ -76,8 +76,9 @@ class ConvGradients(AffineGradients):
     def _pair_costs(self, samples: int) -> dict[GramPath, int]:
         B, L, _, O = self._sizes(samples)  # noqa: E741
         channels = self.module.in_channels // self.module.groups
-        pixels = pair_cost(B, self._phases(), L, channels, O, self.inputs.device.type)
-        return {"pixels": pixels} | super()._pair_costs(samples)
+        costs = super()._pair_costs(samples)
+        costs["pixels"] = pair_cost(B, self._phases(), L, channels, O, self.inputs.device.type)
+        return costs
 
     def _pair_gram(self, path: GramPath) -> Tensor:
         if path != "pixels":

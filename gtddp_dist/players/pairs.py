@@ -112,7 +112,8 @@ def pair_gram(x_GSBI: Tensor, y_GSBO: Tensor, seen: Sequence[Phase]) -> Tensor:
     outputs = y_GSBO.shape[1:-2]
     largest = max([math.prod(outputs), *(math.prod(phase.sizes) for phase in seen)])
     cut = blocks(B, largest, x_GSBI.device.type)
-    pixels = [x_GSBI[(slice(None), *phase.pixels)] for phase in seen]
+    places = [(slice(None), *phase.pixels) for phase in seen]
+    pixels = [x_GSBI[place] for place in places]
     x_rows = [[x[..., each, :].reshape(G, -1, x.shape[-1]) for each in cut] for x in pixels]
     y_rows = [y_GSBO[..., each, :].reshape(G, -1, y_GSBO.shape[-1]) for each in cut]
     gram = x_GSBI.new_zeros(B, B)
