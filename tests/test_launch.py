@@ -544,6 +544,10 @@ def test_mpirun(program: Program, mpirun: tuple[str, ...]) -> None:
     if rank == 0:
         meeting.store.set("key", "value")
     assert meeting.store.get("key") == b"value"
+    from gtddp_dist.launch import mpi
+    time.sleep(0.1 * rank)
+    every = [mpi.gather_numbers([rank, rank + 0.5 * k]) for k in range(3)]
+    assert every == [[[other, other + 0.5 * k] for other in range(3)] for k in range(3)], every
     meeting.barrier()
     say(ranks.started_by, rank, ranks.world, ranks.local_rank, ranks.local_world, ranks.address)
     return errors.REQUEUE

@@ -349,15 +349,19 @@ def test_every_way_of_starting_gives_the_same_weights(tmp_path: Path) -> None:
         "mpirun": [str(BIN / "mpirun"), "-n", "4", *gtddp],
     }
     missing = [name for name, command in ways.items() if not Path(command[0]).exists()]
-    weights = {}
+    weights, logged = {}, {}
     for name in ways.keys() - set(missing):
         with started([*ways[name], *RUN, f"run.dir={name}"], cwd=tmp_path, env=environment()) as (process,):
             said, _ = process.communicate(timeout=120)
         assert process.returncode == 0, said
         weights[name] = load_file(tmp_path / name / "model.safetensors")
+        logged[name] = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         assert json.loads((tmp_path / name / "layout.json").read_text()) == {"pipe=2,data=2": [2]}
     first = weights.pop("gtddp")
     assert len(first) > 10
+    for lines in logged.values():  # gathered from all ranks: by MPI under mpirun
+        assert lines[-1]["train/loss"] == logged["gtddp"][-1]["train/loss"]
+        assert all(lines[-1][f"rank-{rank}/sent_mb"] > 0 for rank in range(4))
     for name, found in weights.items():
         assert found.keys() == first.keys()
         assert [key for key in first if not torch.equal(first[key], found[key])] == [], name

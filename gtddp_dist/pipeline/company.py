@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..environment import select_device
 from ..errors import UserError
-from ..launch import Ranks, Rendezvous
+from ..launch import Ranks, Rendezvous, mpi
 from ..liveness import Heartbeats
 from .grid import Backend, Grid, Shape, end_distributed, start_distributed
 
@@ -100,7 +100,8 @@ class Company:
             store = rendezvous.store if place.ranks.world > 1 else dist.HashStore()
             start_distributed(place.ranks, backend, store)
             stack.push(_end)
-            grid = Grid(place.shape, device)
+            by_mpi = place.ranks.started_by == "mpirun" and place.ranks.world > 1
+            grid = Grid(place.shape, device, mpi.gather_numbers if by_mpi else None)
             self._stack = stack.pop_all()
         return grid
 
