@@ -12,6 +12,8 @@ from torch import nn
 from . import curvature
 from .config import Config, OptimizerConfig
 from .curvature import Curvature
+from .errors import UserError
+from .literal import LiteralDDPNOpt
 from .optimizer import GTDDP
 from .options import PAPER, Options
 from .players import SUPPORTED
@@ -51,9 +53,14 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
 
     Raises:
         ModelError: ddpnopt-*: the network has a shortcut.
+        UserError: an optimizer of another kind, which `gtddp plan` and `gtddp bench` do not know.
     """
     name = config.optimizer.name
     entry = OPTIMIZERS[name]
+    if entry.whole_batch:
+        raise UserError(
+            f"optimizer.name={name} works in one process: there is nothing to plan or to measure stage-wise"
+        )
     kind = _CURVATURES[entry.base or name]
     own = {field.name for field in fields(kind)} - _GTDDP_OPTIONS
     base = kind(**{n: v for n, v in _given(config.optimizer, entry.options).items() if n in own})
@@ -82,6 +89,19 @@ def gtddp_optimizer(model: nn.Module, config: Config) -> GTDDP:
     if family == "ddpnopt":
         refuse_shortcuts(optimizer.trajectory, name)
     return optimizer
+
+
+def literal_optimizer(model: nn.Module, config: Config) -> LiteralDDPNOpt:
+    """DDPNOpt with explicit matrices, on the base that `optimizer.base` names."""
+    base = config.optimizer.base or "sgd"
+    options = _given(config.optimizer, OPTIMIZERS[base].options)
+    weight = config.optimizer.gauss_newton_weight
+    return LiteralDDPNOpt(
+        model,
+        _CURVATURES[base](**options),
+        param_groups=parameter_groups(model, config.optimizer.no_decay),
+        gauss_newton_weight="1/B" if weight is None else weight,
+    )
 
 
 def plain_parts(model: nn.Module, config: Config) -> PlainParts:

@@ -182,6 +182,8 @@ class OptimizerConfig:
 
     name: Annotated[str, _known("optimizer", OPTIMIZERS)] = "gtddp-adam"
     """Registered name of the optimizer."""
+    base: Literal["sgd", "rmsprop", "adam", "ekfac"] | None = None
+    """ddpnopt-literal: the base optimizer, whose options count; null: sgd."""
     preset: Literal["paper"] | None = None
     """gtddp-*: paper sets every GT-DDP option as in the paper; options given beside it still count."""
     lr: PositiveFloat | None = None
@@ -474,9 +476,34 @@ def _schedule_problems(schedule: ScheduleConfig) -> Iterator[Problem]:
         yield Problem(("schedule.milestones",), "expected steps in increasing order, each once")
 
 
+def _whole_batch_problems(config: Config) -> Iterator[Problem]:
+    """What an optimizer rules out that takes its step from one forward pass over the whole batch."""
+    train, parallel, name = config.train, config.parallel, config.optimizer.name
+    for key, value in (
+        ("parallel.pipe", parallel.pipe),
+        ("parallel.data", parallel.data),
+        ("train.micro_batches", train.micro_batches),
+        ("train.replica_groups", train.replica_groups),
+    ):
+        if value > 1:
+            yield Problem((key, "optimizer.name"), f"{name} takes the whole batch at once, in one process: expected 1")
+    if train.clip_norm is not None:
+        yield Problem(("train.clip_norm", "optimizer.name"), f"{name} does not step along the gradient: expected null")
+    if train.dtype not in ("float32", "float64"):
+        yield Problem(("train.dtype", "optimizer.name"), f"{name} needs float32 or float64")
+
+
 def _optimizer_problems(config: Config) -> Iterator[Problem]:
     optimizer = config.optimizer
     entry = OPTIMIZERS[optimizer.name]
+    if entry.whole_batch:
+        yield from _whole_batch_problems(config)
+    if "base" in entry.options:
+        base = optimizer.base or "sgd"
+        for option in entry.options:
+            taken = option in ("base", "gauss_newton_weight", *OPTIMIZERS[base].options)
+            if not taken and getattr(optimizer, option) not in (None, False):
+                yield Problem((f"optimizer.{option}", "optimizer.base"), f"{base} takes no option {option}")
     if config.run.baseline and entry.base is None:
         yield Problem(
             ("run.baseline", "optimizer.name"),

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from .capture import MicroBatch, Stream
 from .errors import StepError
-from .players import FormedGradients, PlayerSamples, SampleGradients, prepare, sample_gradients
+from .players import (
+    FormedGradients,
+    PlayerSamples,
+    SampleGradients,
+    formed_together,
+    is_affine,
+    prepare,
+    sample_gradients,
+)
 from .trajectory import Player
 
 Scope = Literal["batch", "micro_batch"] | int
@@ -129,11 +137,18 @@ class StepSamples:
                 continue
             captured = [m.derivatives[stream].get(module) for m in self.micro_batches]
             if any(grad is not None for grad in captured):
-                inputs, output_grads = self._gathered(name, module, captured)
-                parts[name] = sample_gradients(module, inputs, output_grads, self.factors[stream])
+                each = self._gathered(name, module, captured)
+                if is_affine(module) or len(each) == 1:
+                    inputs, output_grads = (torch.cat(z) if len(z) > 1 else z[0] for z in zip(*each, strict=True))
+                    parts[name] = sample_gradients(module, inputs, output_grads, self.factors[stream])
+                else:  # every micro-batch has statistics of its own
+                    parts[name] = formed_together(
+                        [sample_gradients(module, x, y, self.factors[stream]) for x, y in each]
+                    )
         return PlayerSamples(parts) if parts else None
 
-    def _gathered(self, name: str, module: nn.Module, captured: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    def _gathered(self, name: str, module: nn.Module, captured: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+        """Prepared inputs and output gradients of every micro-batch."""
         dtype = next(module.parameters(recurse=False)).dtype
         if any(module not in m.inputs for m in self.micro_batches):
             raise StepError(f"module '{name}' ran in some of the step's micro-batches and not in others")
@@ -148,6 +163,4 @@ class StepSamples:
             x.new_zeros(len(x), *shape, dtype=dtype) if grad is None else grad.to(dtype)
             for x, grad in zip(inputs, captured, strict=True)
         ]
-        if len(inputs) == 1:
-            return inputs[0], grads[0]
-        return torch.cat(inputs), torch.cat(grads)
+        return list(zip(inputs, grads, strict=True))

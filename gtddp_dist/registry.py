@@ -23,6 +23,8 @@ class OptimizerEntry:
     """`"module:function"`: `build(model: nn.Module, config: Config) -> torch.optim.Optimizer`."""
     base: str | None = None
     """The base optimizer that a GT-DDP or DDPNOpt optimizer equals at gauss_newton_weight = 0; a base has None."""
+    whole_batch: bool = False
+    """Whether it takes a step from one forward pass of one process over the whole batch, and from no other."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ _GTDDP = (
     "replace_guard",
     "capture",
 )
+_LITERAL = tuple(dict.fromkeys(("base", "gauss_newton_weight", *_SGD, *_RMSPROP, *_ADAM, *_KRONECKER)))
 _DDPNOPT = ("gauss_newton_weight", "value_hessian", "scope", "replace_guard")
 
 _BASE_BUILDER = "gtddp_dist.build:base_optimizer"
@@ -105,6 +108,7 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "ddpnopt-rmsprop": OptimizerEntry(_RMSPROP + _DDPNOPT, _GTDDP_BUILDER, base="rmsprop"),
     "ddpnopt-adam": OptimizerEntry(_ADAM + _DDPNOPT, _GTDDP_BUILDER, base="adam"),
     "ddpnopt-ekfac": OptimizerEntry(_KRONECKER + _DDPNOPT, _GTDDP_BUILDER, base="ekfac"),
+    "ddpnopt-literal": OptimizerEntry(_LITERAL, "gtddp_dist.build:literal_optimizer", whole_batch=True),
 }
 
 MODELS: Mapping[str, ModelEntry] = {

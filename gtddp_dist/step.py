@@ -171,9 +171,9 @@ class Step:
         return self.options.value_hessian == "block_diagonal"
 
     def _of_groups(self, player: Player, samples: PlayerSamples, metric: Metric) -> list[Gains]:
-        if len(self.groups) == 1:  # the step needs S^T v later: what is formed for the Gram matrix is kept for it
-            samples = metric.formed(samples)
-            self.samples.keep_formed(player, self.stream, samples)
+        # The step needs S^T v later: what is formed for the Gram matrices is kept for it.
+        samples = metric.formed(samples, max(group.samples for group in self.groups) * self.rows)
+        self.samples.keep_formed(player, self.stream, samples)
         return [self._gains(player, samples.rows(g.rows_of(self.rows)), g, metric) for g in self.groups]
 
     def _sweep_metric(self, player: Player, samples: PlayerSamples | None, values: list[Value]) -> Metric | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import oracle
@@ -10,10 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import CHAIN, PLAIN_NETS, Net
+from safetensors.torch import load_file
+from torch import nn
 
-from gtddp_dist import parts
+from gtddp_dist import GTDDP, parts
 from gtddp_dist.config import Config, load_config
-from gtddp_dist.errors import ConfigError, ModelError
+from gtddp_dist.errors import OK, ConfigError, ModelError, StepError
+from gtddp_dist.train import resume_training, run_training
 
 SAMPLES = 4
 STEPS = 3
@@ -43,15 +48,17 @@ def config_of(name: str, options: dict[str, Any], *more: str) -> Config:
 
 
 def errors_against_the_reference(
-    net: Net, name: str, base: str, rho: float | str, value_hessian: str = "block_diagonal", **options: Any
+    net: Net, name: str, rule: str, rho: float | str, value_hessian: str = "block_diagonal", **options: Any
 ) -> list[float]:
     """The distance of the weights after every step, relative to the step's own length."""
-    given, rule = BASES[base]
-    more = {"gauss_newton_weight": rho, "value_hessian": value_hessian, **options}
+    given, theirs = BASES[rule]
+    more = {"gauss_newton_weight": rho, **options}
+    if name != "ddpnopt-literal":
+        more["value_hessian"] = value_hessian
     model = net.model()
     optimizer = parts.new_optimizer_of(config_of(name, {**given, **more}))(model, config_of(name, {**given, **more}))
     reference = oracle.Options(
-        rule,
+        theirs,
         gauss_newton_weight=rho,  # type: ignore[arg-type]
         control_hessian="replace",
         value_hessian=value_hessian,  # type: ignore[arg-type]
@@ -87,6 +94,52 @@ def test_a_full_value_hessian_is_the_dense_recursion_too() -> None:
     assert max(errors) < TOLERANCE, errors
 
 
+@pytest.mark.parametrize("net", PLAIN_NETS)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("rho", ["1/B", 2.0])
+def test_the_explicit_recursion_is_the_dense_one(net: str, base: str, rho: float | str) -> None:
+    errors = errors_against_the_reference(PLAIN_NETS[net], "ddpnopt-literal", base, rho, base=base)
+    assert max(errors) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_explicit_recursion_is_the_one_in_sample_space(base: str) -> None:
+    """On a network that the package ships, several steps of each by itself."""
+    weights = []
+    for name, more in ((f"ddpnopt-{base}", {}), ("ddpnopt-literal", {"base": base})):
+        config = config_of(
+            name,
+            {**BASES[base][0], **more, "lr": 0.002, "gauss_newton_weight": 0.5},
+            *("model.width=2", "model.activation=tanh", "train.dtype=float64", "train.batch_size=4"),
+        )
+        built = parts.build(config)
+        start = nn.utils.parameters_to_vector(built.model.parameters()).detach()
+        for step in range(STEPS):
+            samples = slice(4 * step, 4 * step + 4)
+            images, labels = built.data.train_images[samples], built.data.train_labels[samples]
+            assert not built.step(images, labels).refused
+        weights.append(nn.utils.parameters_to_vector(built.model.parameters()).detach() - start)
+    assert float((weights[0] - weights[1]).norm() / weights[0].norm()) < TOLERANCE
+
+
+def test_negative_curvature_is_left_out_as_in_sample_space() -> None:
+    """At a rate where M would turn negative."""
+    given = {"lr": 3.0, "gauss_newton_weight": 40.0}
+    moves = []
+    for name in ("ddpnopt-sgd", "ddpnopt-literal"):
+        model = CHAIN.model()
+        config = config_of(name, given)
+        optimizer = parts.new_optimizer_of(config)(model, config)
+        x, y = CHAIN.batch(SAMPLES)
+        F.cross_entropy(model(x), y).backward()
+        start = nn.utils.parameters_to_vector(model.parameters()).detach()
+        optimizer.step()
+        moves.append(nn.utils.parameters_to_vector(model.parameters()).detach() - start)
+        if isinstance(optimizer, GTDDP):
+            assert optimizer.diagnostics()["clamped"] > 0
+    assert float((moves[0] - moves[1]).norm() / moves[0].norm()) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     ("model", "module"),
     [
@@ -112,3 +165,80 @@ def test_a_configuration_trains_with_it(base: str) -> None:
 def test_options_that_the_algorithm_fixes_are_refused() -> None:
     with pytest.raises(ConfigError, match="ddpnopt-sgd takes no option control_hessian"):
         config_of("ddpnopt-sgd", {"control_hessian": "proximal"})
+
+
+# --- the explicit recursion in a run
+
+
+def literal(*more: str) -> Config:
+    return config_of("ddpnopt-literal", {"lr": 0.05}, "model.width=2", "train.batch_size=4", *more)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("parallel.pipe=2", "parallel.pipe"),
+        ("parallel.data=2", "parallel.data"),
+        ("train.micro_batches=2", "train.micro_batches"),
+        ("train.replica_groups=2", "train.replica_groups"),
+        ("train.clip_norm=1.0", "train.clip_norm"),
+        ("train.dtype=bfloat16", "train.dtype"),
+        ("optimizer.alpha=0.9", "sgd takes no option alpha"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(more: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        literal(more)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("model.name=small-resnet", "before module 'blocks.0.second.conv' 2 tensors are live"),
+        ("model.batch_norm=true", r"module 'stem.norm' \(BatchNorm2d\) couples samples"),
+    ],
+)
+def test_networks_that_it_cannot_take_are_refused(more: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        parts.build(literal(more))
+
+
+def test_a_network_too_large_for_it_is_refused_before_anything_changes() -> None:
+    built = parts.build(literal("model.width=32", "train.batch_size=32"))
+    start = nn.utils.parameters_to_vector(built.model.parameters()).detach()
+    with pytest.raises(StepError, match=r"would take \d+\.\d GiB, more than 8: take a smaller"):
+        built.step(built.data.train_images[:32], built.data.train_labels[:32])
+    assert torch.equal(start, nn.utils.parameters_to_vector(built.model.parameters()))
+
+
+def test_a_step_that_is_not_finite_is_refused() -> None:
+    built = parts.build(literal())
+    images, labels = built.data.train_images[:4].clone(), built.data.train_labels[:4]
+    images[0, 0, 0, 0] = float("nan")
+    start = nn.utils.parameters_to_vector(built.model.parameters()).detach()
+    assert built.step(images, labels).refused
+    assert torch.equal(start, nn.utils.parameters_to_vector(built.model.parameters()))
+    assert built.optimizer.skipped_steps == 1  # type: ignore[attr-defined]
+    assert not built.step(built.data.train_images[:4], labels).refused
+
+
+def test_a_value_function_that_is_not_finite_is_refused() -> None:
+    built = parts.build(literal("optimizer.gauss_newton_weight=1e38"))
+    start = nn.utils.parameters_to_vector(built.model.parameters()).detach()
+    assert built.step(built.data.train_images[:4], built.data.train_labels[:4]).refused
+    assert torch.equal(start, nn.utils.parameters_to_vector(built.model.parameters()))
+
+
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_a_run_resumes_to_the_same_weights(base: str, tmp_path: Path) -> None:
+    words = [f"optimizer.base={base}", "train.steps=4", "checkpoint.every=2", "checkpoint.keep=9"]
+    words += ["optimizer.momentum=0.9"] if base == "sgd" else ["optimizer.lr=0.002"]
+
+    run = tmp_path / "run"
+    assert run_training(literal(*words, "log.progress=false", f"run.dir={run}"), "digits") == OK
+    whole = load_file(run / "model.safetensors")
+    for left in [*run.glob("checkpoints/step-*4"), run / "model.safetensors", run / "summary.json", run / "curves.png"]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    assert resume_training(run) == OK
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name

@@ -92,8 +92,9 @@ class Metric(ABC):
     def gram(self, samples: PlayerSamples) -> Tensor:
         """H = S R^-1 S^T, shape (B, B), symmetric, in float64."""
 
-    def formed(self, samples: PlayerSamples) -> PlayerSamples:
-        """The same samples; with S formed, where that is what `gram` does with it, and it is small."""
+    def formed(self, samples: PlayerSamples, rows: int) -> PlayerSamples:
+        """The same samples; with S formed, where that is cheapest for the Gram matrices of groups of so many rows and
+        for the step, and it is small."""
         return samples
 
 

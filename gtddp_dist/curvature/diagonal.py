@@ -24,8 +24,8 @@ class DiagonalMetric(Metric):
     def gram(self, samples: PlayerSamples) -> Tensor:
         return samples.gram(self.inverse)
 
-    def formed(self, samples: PlayerSamples) -> PlayerSamples:
-        return samples.formed(self.inverse)
+    def formed(self, samples: PlayerSamples, rows: int) -> PlayerSamples:
+        return samples.formed(self.inverse, rows)
 
 
 @dataclass(frozen=True, kw_only=True)

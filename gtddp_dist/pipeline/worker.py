@@ -513,7 +513,7 @@ class Worker:
             for found, total in zip(parts, (work.gradient, work.correction, work.mean), strict=True):
                 kept = total.setdefault(player.index, {})
                 for name, grad in found.items():
-                    kept[name] = kept[name] + grad if name in kept else grad
+                    kept[name] = kept[name].add_(grad) if name in kept else grad  # formed here: nobody else has it
 
     def _let_go(self, m: int) -> None:
         """Free what was captured of a micro-batch."""

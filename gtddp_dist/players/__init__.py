@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .affine import AffineGradients, GramPath, LinearGradients, cheapest_gram_path
-from .base import FormedGradients, SampleGradients, Scale
+from .affine import AffineGradients, GramPath, LinearGradients
+from .base import FormedGradients, SampleGradients, Scale, formed_together
 from .conv import ConvGradients
 from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
 from .samples import PlayerSamples, of_module, qualified
@@ -54,7 +54,7 @@ __all__ = [
     "PlayerSamples",
     "SampleGradients",
     "Scale",
-    "cheapest_gram_path",
+    "formed_together",
     "is_affine",
     "is_supported",
     "of_module",

@@ -10,38 +10,38 @@ import torch
 from torch import Tensor
 
 from .base import SampleGradients, Scale, gram_of
+from .pairs import PASS, pair_cost, pair_gram, unfolded
 
-GramPath = Literal["materialise", "positions"]
+GramPath = Literal["materialise", "positions", "pixels"]
+"""Ways to S S^T: per-sample gradients, formed and multiplied; pairs of positions of unfolded inputs, or of pixels."""
 
-POSITION_GRAM_LIMIT = 2**26
-"""Entries of a (B L) x (B L) matrix above which per-sample gradients are materialised whatever the cost."""
-
-
-FORMED_LIMIT = 4
+FORMED_LIMIT = 8
 """Numbers of a sample's gradient, over those of its captured input and output gradient, up to which it is kept."""
 
+FORMED_PASSES = 3
+"""Written once and read twice for the Gram matrix. Those that are kept are read once more, for S^T w."""
 
-def cheapest_gram_path(samples: int, positions: int, inputs: int, outputs: int) -> GramPath:
-    """Which way to S S^T takes fewer multiplications (docs/algorithm.md, "Gram matrices").
 
-    Materialising costs B L I O to form the per-sample gradients and B^2 I O to multiply them; the sum over pairs
-    of positions costs B^2 L^2 (I + O).
+def formed_cost(samples: int, positions: int, inputs: int, outputs: int, passes: int) -> int:
+    """Multiplications that per-sample gradients of a channel group cost: forming, multiplying, going over them.
+
+    B L I O to form them and B^2 I O to multiply them (docs/performance.md). Numbers that are used once or twice cost
+    more than the multiplications that they are made with: ``passes`` says how often they are written or read.
     """
-    B, L, I, O = samples, positions, inputs, outputs  # noqa: E741
-    if (B * L) ** 2 > POSITION_GRAM_LIMIT:
-        return "materialise"
-    return "positions" if B * B * L * L * (I + O) <= B * L * I * O + B * B * I * O else "materialise"
+    return samples * inputs * outputs * (positions + samples + PASS * passes)
 
 
 def outer_product_gram(x_BGLI: Tensor, y_BGLO: Tensor, path: GramPath | None = None) -> Tensor:
     """S S^T, shape (B, B), of per-sample gradients sum over positions of y x^T; ``path`` overrides the choice."""
-    B, G, L, I = x_BGLI.shape  # noqa: E741
-    if (path or cheapest_gram_path(B, L, I, y_BGLO.shape[3])) == "materialise":
+    B, _, L, I = x_BGLI.shape  # noqa: E741
+    O, seen = y_BGLO.shape[3], unfolded(L)  # noqa: E741
+    if path is None:
+        by_pairs = pair_cost(B, seen, L, I, O, x_BGLI.device.type) <= formed_cost(B, L, I, O, FORMED_PASSES)
+        path = "positions" if by_pairs else "materialise"
+    if path == "materialise":
         grads = (y_BGLO.mT @ x_BGLI).flatten(1)
         return grads @ grads.mT
-    x_G = x_BGLI.transpose(0, 1).reshape(G, B * L, -1)
-    y_G = y_BGLO.transpose(0, 1).reshape(G, B * L, -1)
-    return ((x_G @ x_G.mT) * (y_G @ y_G.mT)).reshape(G, B, L, B, L).sum((0, 2, 4))
+    return pair_gram(x_BGLI.permute(1, 2, 0, 3), y_BGLO.permute(1, 2, 0, 3), seen)
 
 
 class AffineGradients(SampleGradients):
@@ -78,27 +78,50 @@ class AffineGradients(SampleGradients):
         scale = inverse_metric["weight"] if weight is not None else 1.0
         if weight is None or (isinstance(scale, Tensor) and scale.ndim > 0):
             return gram_of(self.per_sample(), inverse_metric)
-        if (path or self._gram_path()) == "materialise":
+        path = path or self.cheapest_path(len(self.inputs))
+        if path == "materialise":
             return gram_of(self.per_sample(), inverse_metric)
-        x_BGLI, y_BGLO = self.positions()
-        gram = scale * outer_product_gram(x_BGLI, y_BGLO, "positions")
+        gram = scale * self._pair_gram(path)
         if "bias" in self.controls:
             gram = gram + gram_of({"bias": self._bias_grads()}, inverse_metric)
         return gram
 
-    def formed(self, inverse_metric: Mapping[str, Scale]) -> SampleGradients:
+    def _pair_gram(self, path: GramPath) -> Tensor:
+        """S S^T of the weight by pairs."""
+        return outer_product_gram(*self.positions(), "positions")
+
+    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> SampleGradients:
         numbers = sum(parameter.numel() for parameter in self.controls.values())
         captured = (self.inputs.numel() + self.output_grads.numel()) / len(self.inputs)
         scale = inverse_metric.get("weight", 1.0)
-        by_sample = (isinstance(scale, Tensor) and scale.ndim > 0) or self._gram_path() == "materialise"
-        return super().formed(inverse_metric) if by_sample and numbers <= FORMED_LIMIT * captured else self
+        diagonal = isinstance(scale, Tensor) and scale.ndim > 0
+        if numbers > FORMED_LIMIT * captured or not (diagonal or self._worth_forming(samples)):
+            return self
+        return super().formed(inverse_metric, samples)
 
-    def _gram_path(self) -> GramPath:
-        """The cheaper one for the weight."""
+    def _worth_forming(self, samples: int) -> bool:
+        """Whether per-sample gradients, which then serve S^T w too, cost less than pairs and another product for it."""
+        B, L, I, O = self._sizes(samples)  # noqa: E741
+        product = B * L * I * O
+        return formed_cost(B, L, I, O, FORMED_PASSES + 1) <= min(self._pair_costs(samples).values()) + product
+
+    def cheapest_path(self, samples: int) -> GramPath:
+        """The cheapest way to the Gram matrix of the weight for that many samples, by counted work."""
+        costs: dict[GramPath, int] = {"materialise": formed_cost(*self._sizes(samples), FORMED_PASSES)}
+        costs |= self._pair_costs(samples)
+        return min(costs, key=costs.__getitem__)
+
+    def _sizes(self, samples: int) -> tuple[int, int, int, int]:
+        """B, L, I, O of a channel group."""
         weight = self.module.get_parameter("weight")
         groups = int(getattr(self.module, "groups", 1))
         positions = self.output_grads.numel() // (len(self.output_grads) * weight.shape[0])
-        return cheapest_gram_path(len(self.inputs), positions, weight[0].numel(), weight.shape[0] // groups)
+        return samples, positions, weight[0].numel(), weight.shape[0] // groups
+
+    def _pair_costs(self, samples: int) -> dict[GramPath, int]:
+        """What the ways by pairs cost."""
+        B, L, I, O = self._sizes(samples)  # noqa: E741
+        return {"positions": pair_cost(B, unfolded(L), L, I, O, self.inputs.device.type)}
 
 
 class LinearGradients(AffineGradients):

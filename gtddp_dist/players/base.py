@@ -10,7 +10,7 @@ O outputs of a position, U controls.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +72,9 @@ class SampleGradients(ABC):
         """S R^-1 S^T, shape (B, B), for a diagonal R^-1 given by parameter name."""
         return gram_of(self.per_sample(), inverse_metric)
 
-    def formed(self, inverse_metric: Mapping[str, Scale]) -> SampleGradients:
-        """The same with S formed, where :meth:`gram` would form it and it is small; else this one."""
+    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> SampleGradients:
+        """The same with S formed, where that is the cheapest for Gram matrices of so many samples and S^T w together,
+        and S is small; else this one."""
         return FormedGradients(self.module, self.per_sample())
 
 
@@ -96,8 +97,21 @@ class FormedGradients(SampleGradients):
     def per_sample(self) -> dict[str, Tensor]:
         return self._grads
 
-    def formed(self, inverse_metric: Mapping[str, Scale]) -> SampleGradients:
+    def plus(self, other: SampleGradients, weights_R: Tensor) -> SampleGradients:
+        grads = {}
+        for name, added in other.per_sample().items():
+            own, weights = self._grads[name], weights_R.to(added).reshape(-1, *([1] * (added.ndim - 1)))
+            grads[name] = own + (added * weights).reshape(len(own), -1, *own.shape[1:]).sum(1)
+        return FormedGradients(self.module, grads)
+
+    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> SampleGradients:
         return self
+
+
+def formed_together(parts: Sequence[SampleGradients]) -> FormedGradients:
+    """S of several runs of samples of one module, one below the other."""
+    grads = [part.per_sample() for part in parts]
+    return FormedGradients(parts[0].module, {name: torch.cat([each[name] for each in grads]) for name in grads[0]})
 
 
 def gram_of(grads: Mapping[str, Tensor], inverse_metric: Mapping[str, Scale]) -> Tensor:

@@ -1,7 +1,8 @@
 """Scale and shift of normalisation layers.
 
 The gradient of a sample is the gradient with scale and shift expanded to one copy a sample: sum over positions of
-y * x_hat and of y. BatchNorm's x_hat comes from the statistics of the micro-batch the forward pass used.
+y * x_hat and of y. BatchNorm's x_hat comes from the statistics of the micro-batch the forward pass used: of all samples
+that it is given, so that several micro-batches are put together once their gradients are formed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import SampleGradients
+from .base import FormedGradients, SampleGradients
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -24,14 +25,20 @@ class _NormGradients(SampleGradients):
         """(B, ...) -> (B, *parameter shape)."""
         raise NotImplementedError
 
+    def _scales(self) -> Tensor:
+        """Gradients of the scale, without the factor."""
+        return self._sum_positions(self.output_grads * self.inputs)
+
     def per_sample(self) -> dict[str, Tensor]:
-        y = self.output_grads * self.factor
         grads = {}
         if "weight" in self.controls:
-            grads["weight"] = self._sum_positions(y * self.inputs)
+            grads["weight"] = self._scales() * self.factor
         if "bias" in self.controls:
-            grads["bias"] = self._sum_positions(y)
+            grads["bias"] = self._sum_positions(self.output_grads) * self.factor
         return grads
+
+    def rows(self, rows: slice) -> SampleGradients:
+        return FormedGradients(self.module, self.per_sample()).rows(rows)
 
 
 class _ChannelNormGradients(_NormGradients):
@@ -44,12 +51,18 @@ class _ChannelNormGradients(_NormGradients):
 class BatchNormGradients(_ChannelNormGradients):
     """nn.BatchNorm1d, 2d and 3d."""
 
-    @staticmethod
-    def prepare(module: nn.Module, inputs: Tensor) -> Tensor:
-        norm = cast(_BatchNorm, module)
+    def _scales(self) -> Tensor:
+        # x_hat itself is not formed: only its sums are needed, and scaling them is cheaper than scaling x.
+        norm = cast(_BatchNorm, self.module)
+        x_BCL, y_BCL = (z.reshape(*z.shape[:2], -1) for z in (self.inputs, self.output_grads))
         if norm.training or norm.running_mean is None or norm.running_var is None:
-            return F.batch_norm(inputs, None, None, training=True, eps=norm.eps)
-        return F.batch_norm(inputs, norm.running_mean, norm.running_var, training=False, eps=norm.eps)
+            count = len(x_BCL) * x_BCL.shape[2]
+            centred_BCL = x_BCL - (x_BCL.sum(2).sum(0) / count)[:, None]
+            variance_C = torch.linalg.vector_norm(centred_BCL, dim=2).square().sum(0) / count
+        else:
+            centred_BCL = x_BCL - norm.running_mean.to(x_BCL)[:, None]
+            variance_C = norm.running_var.to(x_BCL)
+        return torch.linalg.vecdot(centred_BCL, y_BCL) * torch.rsqrt(variance_C + norm.eps)
 
 
 class GroupNormGradients(_ChannelNormGradients):

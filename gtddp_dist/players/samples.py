@@ -29,9 +29,10 @@ class PlayerSamples:
             sum_tensors(part.gram(of_module(name, inverse_metric)).double() for name, part in self.parts.items())
         )
 
-    def formed(self, inverse_metric: Mapping[str, Scale]) -> PlayerSamples:
-        """The same with S formed where its Gram matrix needs that, and it is small."""
-        return PlayerSamples({n: part.formed(of_module(n, inverse_metric)) for n, part in self.parts.items()})
+    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> PlayerSamples:
+        """The same with S formed where that is cheapest for Gram matrices of so many rows, and it is small."""
+        parts = {n: part.formed(of_module(n, inverse_metric), samples) for n, part in self.parts.items()}
+        return PlayerSamples(parts)
 
     def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
         """S d, shape (B,), for d by qualified parameter name."""
