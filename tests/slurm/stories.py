@@ -41,7 +41,7 @@ def unbroken(place: Place, _: Unbroken) -> Run:
 
 def time_limit(place: Place, unbroken: Unbroken) -> Run:
     """Slurm asks for a checkpoint before the time limit. Limits are whole minutes, and its signal may be 30 s early."""
-    run = place.submit("launch.time=2", "launch.signal_before_s=5", pace_s=2.5)
+    run = place.submit("launch.time=2", "launch.signal_before_s=30", pace_s=2.5)
     assert run.ends(LATE_S)["JobState"] == "COMPLETED", run.told()
     assert_one_job(run, 2)
     assert run.signals() == [["SIGUSR2"], []]
