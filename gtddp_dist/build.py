@@ -14,6 +14,7 @@ from .config import Config, OptimizerConfig
 from .curvature import Curvature
 from .errors import UserError
 from .literal import LiteralDDPNOpt
+from .msa import EMSA
 from .optimizer import GTDDP
 from .options import PAPER, Options
 from .players import SUPPORTED
@@ -102,6 +103,15 @@ def literal_optimizer(model: nn.Module, config: Config) -> LiteralDDPNOpt:
         param_groups=parameter_groups(model, config.optimizer.no_decay),
         gauss_newton_weight="1/B" if weight is None else weight,
     )
+
+
+def msa_optimizer(model: nn.Module, config: Config) -> EMSA:
+    """MSA, or E-MSA with the weight `optimizer.emsa_weight`."""
+    given = _given(config.optimizer, OPTIMIZERS[config.optimizer.name].options)
+    options = {name.removeprefix("emsa_"): value for name, value in given.items()}
+    if config.optimizer.name == "msa":
+        options["weight"] = 0.0
+    return EMSA(model, **options)  # type: ignore[arg-type]
 
 
 def plain_parts(model: nn.Module, config: Config) -> PlainParts:

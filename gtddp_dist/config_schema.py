@@ -250,6 +250,10 @@ class OptimizerConfig:
     """control_hessian=replace: keep the recursion from amplifying."""
     capture: Literal["gradient", "weighted"] | None = None
     """gradient also fills p.grad; weighted skips that pass, so nothing that reads p.grad can be used."""
+    emsa_weight: PositiveFloat | None = None
+    """emsa: weight r of the augmentation, which keeps states and costates where they are; null: 1."""
+    emsa_iterations: PositiveInt | None = None
+    """msa, emsa: iterations of L-BFGS in which a layer maximises its Hamiltonian; null: 10."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)
@@ -498,6 +502,11 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
     entry = OPTIMIZERS[optimizer.name]
     if entry.whole_batch:
         yield from _whole_batch_problems(config)
+    if optimizer.name == "msa" and not optimizer.weight_decay:
+        yield Problem(
+            ("optimizer.weight_decay", "optimizer.name"),
+            "msa needs a weight decay above 0: without a running cost the Hamiltonian of a linear layer has no maximum",
+        )
     if "base" in entry.options:
         base = optimizer.base or "sgd"
         for option in entry.options:

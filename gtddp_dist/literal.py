@@ -251,6 +251,6 @@ def solve(metric: Metric, controls: Controls, columns: Tensor) -> Tensor:
 
 
 def positive(V_xx: Tensor) -> Tensor:
-    """Each of the matrices (B, n, n) with its negative eigenvalues set to zero; in float64, for matrices of rank one."""
+    """Each of the matrices (B, n, n) with its negative eigenvalues set to zero (in float64: their rank is one)."""
     eigenvalues, vectors = torch.linalg.eigh((V_xx + V_xx.mT).double() / 2)
     return ((vectors * eigenvalues.clamp(min=0)[:, None, :]) @ vectors.mT).to(V_xx)

@@ -86,8 +86,11 @@ _GTDDP = (
 _LITERAL = tuple(dict.fromkeys(("base", "gauss_newton_weight", *_SGD, *_RMSPROP, *_ADAM, *_KRONECKER)))
 _DDPNOPT = ("gauss_newton_weight", "value_hessian", "scope", "replace_guard")
 
+_MSA = ("lr", "weight_decay", "emsa_iterations")
+
 _BASE_BUILDER = "gtddp_dist.build:base_optimizer"
 _GTDDP_BUILDER = "gtddp_dist.build:gtddp_optimizer"
+_MSA_BUILDER = "gtddp_dist.build:msa_optimizer"
 
 OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "sgd": OptimizerEntry(_SGD, _BASE_BUILDER),
@@ -108,6 +111,8 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "ddpnopt-rmsprop": OptimizerEntry(_RMSPROP + _DDPNOPT, _GTDDP_BUILDER, base="rmsprop"),
     "ddpnopt-adam": OptimizerEntry(_ADAM + _DDPNOPT, _GTDDP_BUILDER, base="adam"),
     "ddpnopt-ekfac": OptimizerEntry(_KRONECKER + _DDPNOPT, _GTDDP_BUILDER, base="ekfac"),
+    "msa": OptimizerEntry(_MSA, _MSA_BUILDER, whole_batch=True),
+    "emsa": OptimizerEntry((*_MSA, "emsa_weight"), _MSA_BUILDER, whole_batch=True),
     "ddpnopt-literal": OptimizerEntry(_LITERAL, "gtddp_dist.build:literal_optimizer", whole_batch=True),
 }
 
