@@ -145,7 +145,9 @@ class DataConfig:
     dir: FolderName | None = None
     """Folder of the files of a data set that is not shipped with a library."""
     augment: bool | None = None
-    """cifar10, cifar100: move training images by up to 4 pixels and mirror them, at random; null: yes."""
+    """svhn, cifar10, cifar100: move training images by up to 4 pixels, and mirror CIFAR's, at random; null: yes."""
+    download: bool = False
+    """mnist, svhn, cifar10, cifar100: download what data.dir lacks, and compare checksums."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)

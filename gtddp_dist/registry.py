@@ -139,8 +139,10 @@ MODELS: Mapping[str, ModelEntry] = {
 
 DATA_SETS: Mapping[str, DataEntry] = {
     "digits": DataEntry((), "gtddp_dist.data.digits:load"),
-    "cifar10": DataEntry(("dir", "augment"), "gtddp_dist.data.cifar:load_cifar10"),
-    "cifar100": DataEntry(("dir", "augment"), "gtddp_dist.data.cifar:load_cifar100"),
+    "mnist": DataEntry(("dir", "download"), "gtddp_dist.data.mnist:load"),
+    "svhn": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.svhn:load"),
+    "cifar10": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.cifar:load_cifar10"),
+    "cifar100": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.cifar:load_cifar100"),
 }
 
 

@@ -22,7 +22,8 @@ class DataSet:
     Images have the shape (N, C, H, W) and are either floating point, as the network gets them, or uint8,
     which are scaled to [0, 1] when a network gets them; with `mean` and `deviation`, of each channel, they are
     normalised then: (image / 255 - mean) / deviation. Labels have the shape (N,) and hold the class, 0 to
-    `classes - 1`. With `augment` training images are moved by up to CROP_MARGIN pixels and mirrored, at random.
+    `classes - 1`. With `augment` training images are moved by up to CROP_MARGIN pixels and, with `mirror`,
+    half of them mirrored, at random.
 
     Raises `ValueError` where the parts do not fit together.
     """
@@ -36,6 +37,7 @@ class DataSet:
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
     augment: bool = False
+    mirror: bool = True
 
     def __post_init__(self) -> None:
         for part in ("train", "validation"):
@@ -82,7 +84,8 @@ class DataSet:
         indices = indices.to(self.train_images.device)
         images = self.train_images[indices]
         if self.augment:
-            images = moved(images, np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64))))
+            random = np.random.Generator(np.random.Philox(key=np.array([seed, step], dtype=np.uint64)))
+            images = moved(images, random, mirror=self.mirror)
         return self._normalised(images), self.train_labels[indices]
 
     def validation_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -118,11 +121,11 @@ class DataSet:
         )
 
 
-def moved(images: Tensor, random: np.random.Generator) -> Tensor:
-    """Each image of (B, C, H, W) cut out of itself with a black margin at a random place; about half are mirrored."""
+def moved(images: Tensor, random: np.random.Generator, *, mirror: bool) -> Tensor:
+    """Each image of (B, C, H, W) cut at a random place out of itself with a black margin; `mirror`: half mirrored."""
     count, channels, height, width = images.shape
     offsets = torch.from_numpy(random.integers(0, 2 * CROP_MARGIN + 1, (2, count))).to(images.device)
-    mirrored = torch.from_numpy(random.integers(0, 2, count).astype(bool)).to(images.device)
+    mirrored = torch.from_numpy(random.integers(0, 2, count).astype(bool) & mirror).to(images.device)
     rows = offsets[0][:, None] + torch.arange(height, device=images.device)
     columns = torch.arange(width, device=images.device).expand(count, width)
     columns = offsets[1][:, None] + torch.where(mirrored[:, None], columns.flip(1), columns)

@@ -15,7 +15,9 @@ from torch import Tensor
 from ..config_schema import DataConfig
 from ..errors import UserError
 from . import DataSet
+from .files import Files, Source
 
+PLACE = "https://www.cs.toronto.edu/~kriz/"
 PIXELS = 3 * 32 * 32
 """Bytes of an image: all of red, of green, of blue, row by row."""
 
@@ -34,6 +36,7 @@ class _Version:
     mean: tuple[float, float, float]
     deviation: tuple[float, float, float]
     """Of the training images' red, green and blue, from 0 to 1."""
+    archive: Source
 
 
 _CIFAR10 = _Version(
@@ -45,6 +48,7 @@ _CIFAR10 = _Version(
     classes=10,
     mean=(0.4914, 0.4822, 0.4465),
     deviation=(0.2470, 0.2435, 0.2616),
+    archive=Source(f"{PLACE}cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530"),
 )
 _CIFAR100 = _Version(
     name="cifar100",
@@ -55,6 +59,7 @@ _CIFAR100 = _Version(
     classes=100,
     mean=(0.5071, 0.4865, 0.4409),
     deviation=(0.2673, 0.2564, 0.2762),
+    archive=Source(f"{PLACE}cifar-100-binary.tar.gz", "03b5dce01913d631647c71ecec9e9cb8"),
 )
 
 
@@ -73,9 +78,9 @@ def _load(version: _Version, config: DataConfig) -> DataSet:
 
     Raises UserError where they are missing, or are not what they are called.
     """
-    folder = _folder(version, config.dir)
-    train_images, train_labels = _read(version, [folder / name for name in version.train])
-    validation_images, validation_labels = _read(version, [folder / name for name in version.validation])
+    found = _files(version).find(config)
+    train_images, train_labels = _read(version, found[: len(version.train)])
+    validation_images, validation_labels = _read(version, found[len(version.train) :])
     return DataSet(
         name=version.name,
         train_images=train_images,
@@ -89,22 +94,14 @@ def _load(version: _Version, config: DataConfig) -> DataSet:
     )
 
 
-def _folder(version: _Version, given: str | None) -> Path:
-    archive = version.folder.replace("-batches-bin", "-binary") + ".tar.gz"
-    ways = (
-        f"either download {archive} from https://www.cs.toronto.edu/~kriz/{archive} and unpack it there (tar -xzf), "
-        f"or set data.dir to a folder that has {', '.join((*version.train, *version.validation))} already (the binary "
-        "version; the Python version is a pickle, which is not read)"
+def _files(version: _Version) -> Files:
+    return Files(
+        data_set=version.name,
+        folders=(version.folder, "."),
+        names=(*version.train, *version.validation),
+        sources=(version.archive,),
+        note="the binary version; the Python version is a pickle, which is not read",
     )
-    if given is None:
-        raise UserError(f"data.name={version.name} needs data.dir, the folder of its files: {ways}")
-    for folder in (Path(given) / version.folder, Path(given)):
-        if (folder / version.train[0]).is_file():
-            missing = [name for name in (*version.train, *version.validation) if not (folder / name).is_file()]
-            if missing:
-                raise UserError(f"data.dir: {folder} has no {', '.join(missing)}: {ways}")
-            return folder
-    raise UserError(f"data.dir = {given} has no {version.train[0]} of {version.name}: {ways}")
 
 
 def _read(version: _Version, files: list[Path]) -> tuple[Tensor, Tensor]:
