@@ -22,8 +22,9 @@ from gtddp_dist.jobs import submit
 from gtddp_dist.jobs.history import Decided, Ended, Event, Started, Submitted, last_step, read, record
 from gtddp_dist.jobs.requeue import decide, is_settled
 from gtddp_dist.jobs.scheduler import Scheduler
-from gtddp_dist.jobs.script import minutes, ranks_per_node, sbatch_options
+from gtddp_dist.jobs.script import minutes, ranks_per_node, sbatch_options, slurm_parameters
 from gtddp_dist.jobs.submit import Prepared, script_of
+from gtddp_dist.jobs.task import shares
 
 SUBMITTED = Submitted(job="7", executor="slurm")
 
@@ -206,6 +207,14 @@ def test_the_script_of_a_job(tmp_path: Path) -> None:
     assert "--kill-on-bad-exit=0 --wait=90" in after
     assert 'requeue "${runs[@]}" --exit-code "$1"; exit $?; }\n' in before and after.rstrip().endswith("\nended $?")
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+def test_a_pack_gets_cores_for_all_its_ranks_and_gpus_are_shared_out() -> None:
+    config = load_config("digits", ["parallel.pipe=2", "launch.pack=3", "launch.cpus_per_rank=2"])
+    parameters = slurm_parameters(config, "packed")
+    assert (parameters["ntasks_per_node"], parameters["cpus_per_task"]) == (1, 12)
+    assert shares("0,1,2,3", 2) == ["0,1", "2,3"] and shares("4,7,9", 2) == ["4", "7"]
+    assert shares("0", 2) == shares("", 2) == [None, None]
 
 
 SLURM = {

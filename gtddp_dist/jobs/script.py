@@ -78,11 +78,13 @@ def slurm_parameters(config: Config, name: str) -> dict[str, Any]:
         "constraint": launch.constraint,
         "exclude": launch.exclude,
     }
+    ranks = ranks_per_node(config)
     return {
         "job_name": name,
         "nodes": launch.nodes,
-        "ntasks_per_node": 1 if launch.pack > 1 else ranks_per_node(config),
-        "cpus_per_task": launch.cpus_per_rank,
+        # A pack is one task, which starts the ranks of its runs.
+        "ntasks_per_node": 1 if launch.pack > 1 else ranks,
+        "cpus_per_task": launch.cpus_per_rank * (launch.pack * ranks if launch.pack > 1 else 1),
         "time": minutes(launch.time),
         "signal_delay_s": launch.signal_before_s,
         "stderr_to_stdout": True,
@@ -108,7 +110,7 @@ def setup_lines(launch: LaunchConfig, runs: str) -> list[str]:
     """Lines of the script before srun; `runs` is the one that sets the array `runs`."""
     return [
         *launch.setup,
-        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
+        f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{launch.cpus_per_rank}}}",
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun does not take it over from sbatch by itself",
         runs,
         f'ended() {{ {PYTHON} -m gtddp_dist requeue "${{runs[@]}}" --exit-code "$1"; exit $?; }}',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,17 +35,22 @@ def train(run: Path) -> int:
 def pack(runs: Sequence[Path]) -> int:
     """Trains runs at the same time, each in a log of its own (`<run>/train.log`); one exit code for all.
 
+    GPUs that CUDA_VISIBLE_DEVICES lists are shared out, where there are as many as runs: else all would take the first.
     REQUEUE where one was stopped with a checkpoint; else FAILED where one failed; else OK. Stop signals are handed on.
     """
     children: list[subprocess.Popen[bytes]] = []
     with StopRequest() as stop:
-        for run in runs:
+        devices = shares(os.environ.get("CUDA_VISIBLE_DEVICES", ""), len(runs))
+        for run, visible in zip(runs, devices, strict=True):
             if is_settled(read(run)):
                 continue  # the job was put back for another run of the pack
             with open(run / "train.log", "ab") as log:
                 command = [sys.executable, "-u", "-m", "gtddp_dist", "train", "--resume", str(run)]
+                environ = os.environ if visible is None else {**os.environ, "CUDA_VISIBLE_DEVICES": visible}
                 children.append(
-                    subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+                    subprocess.Popen(
+                        command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environ
+                    )
                 )
         handed_on = 0
         while any(child.poll() is None for child in children):
@@ -65,3 +71,12 @@ def pack(runs: Sequence[Path]) -> int:
     if codes <= {OK}:
         return OK
     return BAD_INPUT if codes <= {OK, BAD_INPUT} else FAILED
+
+
+def shares(devices: str, count: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES of each of `count` processes, from that of all; None: as it is, where there are too few."""
+    each = [name for name in devices.split(",") if name]
+    size = len(each) // count
+    if not size:
+        return [None] * count
+    return [",".join(each[first : first + size]) for first in range(0, size * count, size)]
