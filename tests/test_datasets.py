@@ -85,7 +85,7 @@ def test_svhn(tmp_path: Path) -> None:
     assert data.train_images.shape == (TRAIN, 3, 32, 32)
     assert data.train_images[4, 1, 20, 7] == pixels[20, 7, 1, 4]  # rows, columns, colours, samples in the file
     assert data.train_labels.tolist() == [0, 9, 8, 7, 6]  # 10 stands for 0
-    assert load("svhn", tmp_path).augment
+    assert load("svhn", tmp_path).augment and not load("svhn", tmp_path).mirror
 
 
 def test_svhn_is_moved_and_never_mirrored(tmp_path: Path) -> None:
