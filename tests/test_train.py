@@ -449,7 +449,7 @@ def test_the_baseline_is_the_base_optimizer_at_the_same_settings(capsys: pytest.
 def test_a_baseline_that_diverges_is_a_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gtddp_dist import train as module
+    from gtddp_dist import assembly as module
 
     def with_a_bad_baseline(config: Config) -> Parts:
         parts = build(config)

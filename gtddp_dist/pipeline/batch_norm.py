@@ -90,12 +90,20 @@ class ReplicaBatchNorm(_BatchNorm):
 
 
 class ReplicaBatchNormGradients(BatchNormGradients):
-    """Per-sample gradients of its scale and shift."""
+    """Per-sample gradients of its scale and shift.
+
+    In training inputs are normalised where they are captured, a meeting of replicas; not where gradients are formed.
+    """
 
     @staticmethod
     def prepare(module: nn.Module, inputs: Tensor) -> Tensor:
         norm = cast(ReplicaBatchNorm, module)
-        return norm.normalised(inputs) if norm.training else BatchNormGradients.prepare(module, inputs)
+        return norm.normalised(inputs) if norm.training else inputs
+
+    def _scales(self) -> Tensor:
+        if self.module.training:
+            return self._sum_positions(self.output_grads * self.inputs)
+        return super()._scales()
 
 
 SUPPORTED[ReplicaBatchNorm] = ReplicaBatchNormGradients

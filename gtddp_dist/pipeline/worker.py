@@ -109,6 +109,7 @@ class Worker:
         self.first = grid.segment == 0
         self.last = grid.segment == grid.shape.pipe - 1
         self.seconds: dict[Op, float] = dict.fromkeys(Op, 0.0)
+        self._waited_within = 0.0
         """Spent on instructions of each kind since the last :meth:`take_measurements`, waiting included."""
         self._loss, self._clip_norm = loss, clip_norm
         self._autocast, self._loss_scale = autocast, loss_scale
@@ -168,9 +169,10 @@ class Worker:
         """Carry out one instruction; after a refused step was agreed on, those that are left do nothing."""
         if self._work.refused:
             return
-        started = time.perf_counter()
+        started, waited = time.perf_counter(), self._waited
         self._do[instruction.op](instruction.unit)
         self.seconds[instruction.op] += time.perf_counter() - started
+        self._waited_within += self._waited - waited
 
     def finish(self) -> Outcome:
         """End the step; what it came to."""
@@ -185,14 +187,19 @@ class Worker:
     def take_measurements(self) -> tuple[float, float, float]:
         """Seconds of work, seconds of waiting for other ranks, and bytes sent, since the last call."""
         traffic = self.channels.traffic
-        idle = traffic.waited + self.grid.waited
-        busy = sum(self.seconds.values()) - idle
+        idle = self._waited  # between instructions too: for metrics, and for those who are late
+        busy = sum(self.seconds.values()) - self._waited_within
         sent = sum(traffic.bytes_sent.values()) + self.grid.bytes_reduced
         self.seconds = dict.fromkeys(Op, 0.0)
-        traffic.waited = self.grid.waited = 0.0
+        traffic.waited = self.grid.waited = self._waited_within = 0.0
         traffic.bytes_sent = dict.fromkeys(KINDS, 0)
         self.grid.bytes_reduced = 0
-        return max(busy, 0.0), idle, float(sent)
+        return busy, idle, float(sent)
+
+    @property
+    def _waited(self) -> float:
+        """Seconds of waiting for other ranks since the last measurements were taken."""
+        return self.channels.traffic.waited + self.grid.waited
 
     @property
     def facts(self) -> StepFacts:
