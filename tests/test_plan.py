@@ -449,6 +449,17 @@ def test_balanced_cuts_give_a_shorter_step() -> None:
     assert balanced.step.over_largest_work <= 1.11
 
 
+def test_counted_work_does_not_depend_on_the_device() -> None:
+    """On a CPU per-sample gradients of large images come from one grouped convolution: the same work."""
+    counted = []
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            model = build_resnet18(ModelConfig(name="resnet18"), in_channels=3, classes=100, image_size=32)
+            stages = count_stages(trace(model), torch.empty(8, 3, 32, 32), Counting(n_micro=4))
+        counted.append([(stage.forward, stage.backward, stage.gram, stage.weight) for stage in stages])
+    assert counted[0] == counted[1]
+
+
 def test_slow_links_are_what_limits() -> None:
     """At 10 GB/s, messages of the first cut take as long as its forward pass: more in flight would hide them."""
     plan = resnet18_plan(Link(10e9, 20e-6))

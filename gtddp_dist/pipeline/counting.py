@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..curvature import factors as bases
 from ..curvature.coordinates import Coordinates
@@ -232,7 +232,7 @@ class _StageRun:
 
         handles = [module.register_forward_hook(self._seen(name)) for name, module in self.player.modules.items()]
         try:
-            with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+            with _counter() as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
                 self.after = run(live)
         finally:
             for handle in handles:
@@ -314,8 +314,28 @@ class _StageRun:
         return list(found.values())
 
 
+_BACKWARD = torch.ops.aten.convolution_backward
+
+
+def _counter() -> FlopCounterMode:
+    return FlopCounterMode(display=False, custom_mapping={_BACKWARD: _convolution_backward})
+
+
+def _convolution_backward(*arguments: Any, out_val: object = None) -> int:
+    """Work of a convolution's gradients. torch's own formula takes no notice of groups in that of the weight, which on
+    CPUs per-sample gradients are formed with: it would be as many times too much as there are samples."""
+    *others, groups, (inputs, weight, _) = arguments
+    counted = flop_registry[_BACKWARD]
+    of_inputs = counted(*others, groups, [inputs, False, False], out_val=out_val)
+    of_weight = counted(*others, groups, [False, weight, False], out_val=out_val)
+    return int(of_inputs + of_weight // groups)
+
+
+_convolution_backward._get_raw = True  # type: ignore[attr-defined]  # torch hands it tensors, as its own formula has them
+
+
 def _count(run: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter:
+    with _counter() as counter:
         run()
     return float(counter.get_total_flops())
 
