@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +14,7 @@ from .config_schema import Config
 from .doctor.folder import check_folder
 from .errors import ToldElsewhere, UserError
 from .launch import Ranks
+from .launch.ranks import host_name
 from .parts import Parts, build
 from .run_directory import RunDirectory
 from .team import SOLO, Team
@@ -115,8 +114,7 @@ def unshared(team: Team, path: Path) -> str:
     """What is wrong where ranks do not all see one directory under this path; empty where they do."""
     if team.world == 1:
         return ""
-    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    hosts = [f"rank {rank} is on {name}" for rank, name in enumerate(team.gather_text(host))]
+    hosts = [f"rank {rank} is on {name}" for rank, name in enumerate(team.gather_text(host_name()))]
     found = check_folder(path, team.rank, TeamMeeting(team), SHARED_WITHIN_S)
     if found.status == "ok":
         return ""

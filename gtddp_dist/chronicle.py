@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 from .errors import FAILED, OK, REQUEUE, UserError
-from .jobs.history import Ended, Started, last_step, record
+from .jobs.history import Ended, Started, record
+from .jobs.tail import last_step
 from .launch import StopRequest
+from .launch.ranks import host_name
 from .team import Team
 
 REASON_LENGTH = 500
@@ -43,7 +44,7 @@ class Chronicle:
         self._reason = ""
 
     def __enter__(self) -> Chronicle:
-        hosts = list(dict.fromkeys(self._team.gather_text(os.environ.get("SLURMD_NODENAME") or socket.gethostname())))
+        hosts = list(dict.fromkeys(self._team.gather_text(host_name())))
         if self._team.rank == 0:
             record(
                 self._run,

@@ -24,7 +24,8 @@ from .chronicle import Chronicle, refusals_recorded
 from .config_schema import Config, OptimizerConfig, RunConfig
 from .environment import select_device
 from .errors import FAILED, OK, REQUEUE, ToldElsewhere, UserError
-from .jobs.history import Ended, last_step, read
+from .jobs.history import Ended, read
+from .jobs.tail import last_step
 from .launch import Ranks, StopRequest, launch
 from .parts import Parts, build_model, load_data, validate
 from .plots import plot_curves

@@ -56,6 +56,11 @@ class Ranks:
         environ.update(self.variables())
 
 
+def host_name(environ: Mapping[str, str] = os.environ) -> str:
+    """What this host is called: by Slurm in one of its jobs, else by itself."""
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def alone() -> Ranks:
     """One process, which nobody started as a rank."""
     return Ranks(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping
 
 from ..errors import UserError
-from .ranks import Ranks, checked, number
+from .ranks import Ranks, checked, host_name, number
 
 # Steps of these and higher numbers are Slurm's own: the batch script, a shell of salloc, what ssh brings in.
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
@@ -38,7 +37,7 @@ def discover(environ: Mapping[str, str]) -> Ranks | None:
             world=world,
             local_rank=number(environ, "SLURM_LOCALID"),
             local_world=_local_world(environ, world),
-            host=environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            host=host_name(environ),
             address=environ.get("MASTER_ADDR") or _first_host(environ),
             port=number(environ, "MASTER_PORT", port_of(number(environ, "SLURM_JOB_ID"), step, _restart(environ))),
             started_by="srun",

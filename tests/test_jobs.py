@@ -19,11 +19,12 @@ from gtddp_dist import cli
 from gtddp_dist.config import ConfigError, load_config
 from gtddp_dist.errors import UserError
 from gtddp_dist.jobs import submit
-from gtddp_dist.jobs.history import Decided, Ended, Event, Started, Submitted, last_step, read, record
+from gtddp_dist.jobs.history import Decided, Ended, Event, Started, Submitted, read, record
 from gtddp_dist.jobs.requeue import decide, is_settled
 from gtddp_dist.jobs.scheduler import Scheduler
 from gtddp_dist.jobs.script import minutes, ranks_per_node, sbatch_options, slurm_parameters
 from gtddp_dist.jobs.submit import Prepared, script_of
+from gtddp_dist.jobs.tail import last_step
 from gtddp_dist.jobs.task import shares
 
 SUBMITTED = Submitted(job="7", executor="slurm")

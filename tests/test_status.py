@@ -17,11 +17,12 @@ from stand_ins import Cluster
 from gtddp_dist import cli
 from gtddp_dist.config import load_config, to_yaml
 from gtddp_dist.errors import BAD_INPUT, FAILED, OK, REQUEUE, UserError
-from gtddp_dist.jobs import facts, status
-from gtddp_dist.jobs.facts import newest_values, read_facts
+from gtddp_dist.jobs import status, tail
+from gtddp_dist.jobs.facts import read_facts
 from gtddp_dist.jobs.history import Decided, Ended, Event, Started, Submitted, record
 from gtddp_dist.jobs.scheduler import Scheduler
 from gtddp_dist.jobs.status import RunStatus, find_runs, survey, table, watch
+from gtddp_dist.jobs.tail import newest_values
 from gtddp_dist.run_folder import CONFIG
 
 CONFIG_TEXT = to_yaml(load_config("digits", ["train.epochs=4"]))
@@ -219,7 +220,7 @@ def test_newest_values_are_read_from_the_end(tmp_path: Path) -> None:
     filler = "".join(line(step, train__loss=step, more=1e-9) for step in range(2, 1500))
     text = "no JSON" * 100_000 + "\n" + line(1, val__accuracy=0.25) + filler
     file.write_text(text)
-    assert len(filler) > 8 * facts._TAIL
+    assert len(filler) > 8 * tail._TAIL
     assert newest_values(file, ("step", "val/accuracy", "train/loss")) == {
         "step": 1499.0,
         "val/accuracy": 0.25,
@@ -228,7 +229,7 @@ def test_newest_values_are_read_from_the_end(tmp_path: Path) -> None:
     assert newest_values(file, ("step", "lr")) == {"step": 1499.0}
     file.write_text(line(1, val__accuracy=0.25) + line(2))
     assert newest_values(file, ("val/accuracy",)) == {"val/accuracy": 0.25}  # the very first line
-    file.write_text(line(1) + json.dumps({"step": 2, "long": "x" * facts._TAIL, "lr": 0.5}) + "\n")
+    file.write_text(line(1) + json.dumps({"step": 2, "long": "x" * tail._TAIL, "lr": 0.5}) + "\n")
     assert newest_values(file, ("lr",)) == {"lr": 0.5}  # a line whose beginning is read later
     file.write_text('{"step": 3, "lr": }\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl.*no number lr"):

@@ -25,6 +25,7 @@ from gtddp_dist.jobs import history
 from gtddp_dist.jobs.history import Decided, Ended, Started, Submitted, record
 from gtddp_dist.jobs.scheduler import Scheduler
 from gtddp_dist.jobs.submit import Prepared
+from gtddp_dist.jobs.tail import last_step
 from gtddp_dist.tensorboard import served
 from gtddp_dist.trials import run as sweeping
 from gtddp_dist.trials.folder import SweepFolder
@@ -473,7 +474,7 @@ def test_an_interrupted_sweep_on_this_host(tmp_path: Path) -> None:
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 120
-        while history.last_step(first) == 0 and process.poll() is None and time.monotonic() < deadline:
+        while last_step(first) == 0 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all processes of the terminal
         _, err = process.communicate(timeout=120)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Literal, TypeAlias
 from ..errors import OK, REQUEUE, UserError
 from . import history
 from .history import Decided, Ended, Event, Started, Submitted, outcome
+from .tail import METRICS, newest_values
 
 Phase: TypeAlias = Literal["new", "submitted", "running", "requeued", "done", "stopped", "failed"]
 """new: neither submitted nor started; submitted: not started since; running: started, and no end recorded (it may have
@@ -21,8 +21,6 @@ been killed); requeued: put back by its job's script; stopped: with a checkpoint
 # Of a config.yaml that gtddp wrote: to parse all of it, a thousand times, takes seconds.
 _TRAIN = re.compile(r"^train:\n((?:[ -].*\n)*)", re.MULTILINE)
 _LENGTH = re.compile(r"^  (steps|epochs): (\d+)$", re.MULTILINE)
-_TAIL = 1 << 13
-_LONGEST_TAIL = 1 << 19  # an evaluation may be thousands of lines back
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ def read_facts(run: Path) -> Facts:
     events = history.read(run)
     summary = read_summary(run)
     phase, reason = _phase(events, summary)
-    tail = newest_values(run / "metrics.jsonl", ("step", "epoch", "train/loss", "val/accuracy", "throughput"))
+    tail = newest_values(run / METRICS, ("step", "epoch", "train/loss", "val/accuracy", "throughput"))
     submitted = next((event for event in reversed(events) if isinstance(event, Submitted)), None)
     starts = [event for event in events if isinstance(event, Started)]
     executor, job = (None, None) if submitted is None else (submitted.executor, submitted.job)
@@ -105,38 +103,6 @@ def _phase(events: Sequence[Event], summary: Mapping[str, object]) -> tuple[Phas
                 return "done", ""
             return ("stopped" if code == REQUEUE else "failed"), reason or f"exit code {code}"
     return ("done" if summary.get("finished") is True else "new"), ""
-
-
-def newest_values(file: Path, names: Sequence[str]) -> dict[str, float]:
-    """The newest value of each name in a run's `metrics.jsonl`, read from its end; names that it lacks are left out.
-
-    A last line without its end is left out too: it is being written. Raises UserError for a line that is not JSON.
-    """
-    found: dict[str, float] = {}
-    try:
-        with open(file, "rb") as stream:
-            end = stream.seek(0, os.SEEK_END)
-            length = 0
-            while len(found) < len(names) and length < min(end, _LONGEST_TAIL):
-                length = min(max(_TAIL, 8 * length), end, _LONGEST_TAIL)
-                stream.seek(end - length)
-                tail = stream.read(length)
-                tail = tail[: tail.rfind(b"\n") + 1]
-                for name in names:
-                    at = tail.rfind(f'"{name}":'.encode())
-                    first = tail.rfind(b"\n", 0, at) + 1
-                    if name not in found and at >= 0 and (first > 0 or length == end):
-                        found[name] = _number(tail[first : tail.index(b"\n", at)], name, file)
-    except FileNotFoundError:
-        pass
-    return found
-
-
-def _number(line: bytes, name: str, file: Path) -> float:
-    try:
-        return float(json.loads(line)[name])
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: a line that has no number {name}: {error}: {line[:80]!r}") from error
 
 
 def read_summary(run: Path) -> Mapping[str, object]:

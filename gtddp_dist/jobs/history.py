@@ -17,7 +17,6 @@ from typing import TypeAlias
 from ..errors import OK, UserError
 
 FILE = "history.jsonl"
-_TAIL_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,23 +113,6 @@ def read(run: Path) -> list[Event]:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}, line {number}: is not an event of a run: {error}") from error
     return events
-
-
-def last_step(run: Path) -> int:
-    """The last step in `metrics.jsonl`, and 0 where there is none."""
-    try:
-        with open(run / "metrics.jsonl", "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            tail = file.read()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(tail.splitlines()):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # half of a line: at the start of the tail, or written when the process died
-    return 0
 
 
 def since_submission(events: Sequence[Event]) -> list[Event]:

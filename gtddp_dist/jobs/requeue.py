@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..config import from_yaml
 from ..errors import BAD_INPUT, FAILED, OK, REQUEUE, UserError
-from .history import Decided, Ended, Event, Started, last_end, last_step, read, record, since_submission
+from .history import Decided, Ended, Event, Started, last_end, read, record, since_submission
+from .tail import last_step
 
 SCONTROL_TIMEOUT_S = 60.0
 _REQUEUE_SIGNAL = "SIGUSR2"
