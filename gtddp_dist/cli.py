@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from . import __version__, cli_jobs, config_docs, errors
 from .config import GRID_KEYS, Config, load_config, named_config, shipped_configs
 from .launch import discover, local, stop_signals_held, told_once
+from .registry import EXPERIMENTS
 
 _EXIT_CODES = (
     f"exit codes: {errors.OK} done; {errors.FAILED} failed; {errors.BAD_INPUT} bad input, nothing changed; "
@@ -38,6 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run_plan(config, name, arguments.out)
             case "bench":
                 return _bench(arguments, words)
+            case "reproduce":
+                from .experiments.reproduce import Request, run_reproduce
+
+                if not words:
+                    raise errors.UserError(f"reproduce: which experiment? all, or one of {', '.join(EXPERIMENTS)}")
+                name, *rest = words
+                jobs = len(os.sched_getaffinity(0)) if arguments.jobs is None else arguments.jobs
+                return run_reproduce(Request(name, tuple(rest), arguments.quick, arguments.out, jobs))
             case "submit" | "requeue" | "sweep" | "status" | "tensorboard":
                 return cli_jobs.run(arguments, words)
         if arguments.resume is not None:
@@ -147,7 +157,7 @@ def _summary(config: Config) -> str:
     return f"{config.optimizer.name} trains {config.model.name} on {config.data.name} for {length}"
 
 
-_TAKE_WORDS = ("train", "plan", "bench", "submit", "sweep", "status", "tensorboard")
+_TAKE_WORDS = ("train", "plan", "bench", "reproduce", "submit", "sweep", "status", "tensorboard")
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -253,6 +263,30 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--grid", metavar="pipe=P,data=D", help="scaling: this grid alone, on ranks that are there")
     bench.add_argument("--list", action="store_true", help="scaling: print the grids, one a line, and measure nothing")
     bench.add_argument("--join", type=Path, metavar="DIR", help="scaling: join the figures that --grid left in DIR")
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="measure the papers' tables and figures",
+        usage="gtddp reproduce NAME|all [--quick] [--out DIR] [--jobs N] [data.name=NAME seeds=N key=value ...]",
+        description="Measure tables and figures of the papers: a page with pictures and CSV files for each.",
+        epilog="\n".join(f"{name:<12}{entry.title}" for name, entry in EXPERIMENTS.items()) + f"\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    reproduce.add_argument(
+        "words",
+        nargs="*",
+        metavar="NAME|all [key=value ...]",
+        help="an experiment, then data.name, seeds, keys of a config",
+    )
+    reproduce.add_argument("--quick", action="store_true", help="a short form, which shows only that everything runs")
+    reproduce.add_argument(
+        "--out",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="folder of the pages; what is there is not redone",
+    )
+    reproduce.add_argument("--jobs", type=int, metavar="N", help="processes that work; default: one a core")
     cli_jobs.add_commands(commands, _EXIT_CODES)
     return parser
 

@@ -49,6 +49,17 @@ class DataEntry:
     """Fields of the configuration group `data` that it takes."""
     loader: str
     """`"module:function"`: `load(config: DataConfig) -> DataSet`."""
+    classes: int = 10
+
+
+@dataclass(frozen=True)
+class ExperimentEntry:
+    """A table or figure of the papers that `gtddp reproduce` can name."""
+
+    title: str
+    """Of its page."""
+    experiment: str
+    """`"module:object"`: a `gtddp_dist.experiments.experiment.Experiment`."""
 
 
 _SGD = ("lr", "momentum", "dampening", "nesterov", "weight_decay", "no_decay")
@@ -142,7 +153,11 @@ DATA_SETS: Mapping[str, DataEntry] = {
     "mnist": DataEntry(("dir", "download"), "gtddp_dist.data.mnist:load"),
     "svhn": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.svhn:load"),
     "cifar10": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.cifar:load_cifar10"),
-    "cifar100": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.cifar:load_cifar100"),
+    "cifar100": DataEntry(("dir", "download", "augment"), "gtddp_dist.data.cifar:load_cifar100", 100),
+}
+
+EXPERIMENTS: Mapping[str, ExperimentEntry] = {
+    "table2": ExperimentEntry("GT-DDP against its base at shared settings", "gtddp_dist.experiments.table2:EXPERIMENT"),
 }
 
 

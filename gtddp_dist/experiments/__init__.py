@@ -1,0 +1,1 @@
+"""The papers' tables and figures, measured here: `gtddp reproduce` (docs/design/0004-experiments.md)."""
