@@ -343,7 +343,9 @@ def test_joint_solve(net: Net) -> None:
 # --- residual blocks: Prop. 5 and 6 -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("net", "cut"), [(IDENTITY, 2), (NESTED, 3), (PROJECTION, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("net", "cut"), [(IDENTITY, 2), (NESTED, 3), (PROJECTION, 2)], ids=lambda v: getattr(v, "name", v)
+)
 def test_value_hessian_blocks_are_outer_products(net: Net, cut: int) -> None:
     """V_xx, V_{x x_r}, V_{x_r x_r} inside a block are outer products of Prop. 5 and 6's vectors.
 
