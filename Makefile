@@ -27,9 +27,9 @@ venv: $(STAMP)  ## create .venv with everything that training, tests and lint ne
 train: $(STAMP)  ## train the small residual network on DIGITS, and the base optimizer beside it
 	$(VENV)/bin/gtddp train digits-ekfac run.baseline=true
 
-# A file's tests stay together: they share ranks that are started once. As many processes as cores, a thread each.
-test: $(STAMP)  ## run every test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile $(PYTEST)
+# tests/conftest.py says which tests stay in one process.
+test: $(STAMP)  ## run every test, in as many processes as there are cores
+	$(VENV)/bin/python -m pytest -n auto --dist loadgroup $(PYTEST)
 
 test-slurm: $(STAMP)  ## run the tests on a real Slurm alone (as root; installs Debian's packages of it)
 	$(VENV)/bin/python -m pytest tests/slurm $(PYTEST)
