@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Cell = str | int | float | bool | None
+Rows = list[list[Cell]]
 _DPI = 130
 
 
@@ -83,7 +85,7 @@ def write_page(
     lines = [f"# {title}", "", question, "", found.conclusion, "", "## What was run", "", found.setting, ""]
     for ending, figure in found.figures.items():
         file = out / f"{name}{ending and '-'}{ending}.png"
-        write_atomically(file, lambda temporary, figure=figure: figure.savefig(temporary, dpi=_DPI))
+        write_atomically(file, functools.partial(figure.savefig, dpi=_DPI))
         caption = found.captions.get(ending, title)
         lines += [f"![{caption}]({file.name})", "", caption, ""]
     for table in found.tables:
@@ -143,6 +145,12 @@ def write_index(out: Path, titles: Mapping[str, str], data_sets: Sequence[str]) 
         if data != "digits"
     ]
     write_text_atomically(out / "README.md", "\n".join([*lines, ""]))
+
+
+def number_of(cell: Cell) -> float:
+    """A cell that holds a number."""
+    assert isinstance(cell, int | float), cell
+    return float(cell)
 
 
 def _shown(cell: Cell, form: str) -> str:

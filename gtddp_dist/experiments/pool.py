@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import TracebackType
 from typing import cast
 
 import torch
@@ -86,12 +87,14 @@ class Pool:
             stack.enter_context(_locked(self.file.parent))
             self._read()
             self._stop = stack.enter_context(StopRequest())
-            stack.callback(self._end_workers)
+            stack.push(self._end_workers)
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
     def do(self, units: Sequence[Unit], label: str) -> None:
         """Does those that have no result yet. Raises Stopped where the command was asked to stop, and whatever a unit
@@ -123,10 +126,10 @@ class Pool:
             self._executor = ProcessPoolExecutor(self.jobs, context, initializer=_begin, initargs=(self.jobs,))
         return self._executor
 
-    def _end_workers(self) -> None:
+    def _end_workers(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._executor is not None:
-            for process in multiprocessing.active_children():
-                process.terminate()  # who is idle ends, who trains ends after its step
+            for process in multiprocessing.active_children() if kind is not None else ():
+                process.terminate()  # who trains ends after its step
             self._executor.shutdown(cancel_futures=True)
 
     def _keep(self, unit: Unit, result: Result) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from .bases import BASES, NAMES, base, gtddp
-from .page import Findings, Table
-from .plan import Plan, Settings, seeds_of
-from .statistics import Spread, p_of_pairs, p_of_spreads
-from .training import Trained, training
+from .cell import Cell, described, runs_table, units_of
+from .page import Findings, Rows, Table
+from .plan import Plan, Settings
+from .statistics import p_of_pairs, p_of_spreads
 from .unit import Results, Unit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VARIANTS: Mapping[str, str] = {"base": "base", "gtddp": "GT-DDP", "paper": "GT-DDP, paper's preset"}
 SIGNIFICANT = 0.05
@@ -27,6 +31,15 @@ def variant(kind: str, name: str, rate: float) -> Settings:
             return gtddp(name, rate, preset="paper")
 
 
+def cells(plan: Plan) -> dict[tuple[str, str], list[Unit]]:
+    """Base and variant -> its trainings, by seed; fig6 shows the same."""
+    length: Settings = plan.pick({}, {"train.steps": 10, "log.every": 2})
+    return {
+        (name, kind): units_of(plan, variant(kind, name, rate), length)
+        for (name, rate), kind in itertools.product(BASES.items(), VARIANTS)
+    }
+
+
 class Table2:
     """Three optimizers for each of the four bases, with the same rate, seeds, weights and data order."""
 
@@ -38,38 +51,25 @@ class Table2:
     varies = ("optimizer.name", "optimizer.lr", "optimizer.preset", "train.seed", "schedule.")
 
     def units(self, plan: Plan, results: Results) -> list[Unit]:
-        return [unit for units in self.cells(plan).values() for unit in units]
-
-    def cells(self, plan: Plan) -> dict[tuple[str, str], list[Unit]]:
-        """Base and variant -> its trainings, by seed."""
-        quick: Settings = {"train.steps": 12, "log.every": 4} if plan.quick else {}
-        return {
-            (name, kind): [
-                training(plan, variant(kind, name, rate), {"train.seed": seed}, quick) for seed in seeds_of(plan)
-            ]
-            for (name, rate), kind in itertools.product(BASES.items(), VARIANTS)
-        }
+        return [unit for units in cells(plan).values() for unit in units]
 
     def findings(self, plan: Plan, results: Results) -> Findings:
-        runs = {cell: [Trained(unit, results.of(unit)) for unit in units] for cell, units in self.cells(plan).items()}
-        rows, lower, steadier = [], list[str](), list[str]()
-        for name, kind in runs:
-            ours, alone = runs[name, kind], runs[name, "base"]
-            losses, base_losses = [run.train_loss for run in ours], [run.train_loss for run in alone]
-            loss, accuracy = Spread.of(losses), Spread.of([run.val_accuracy for run in ours])
-            reference = Spread.of(base_losses)
-            compared = kind != "base"
-            p = p_of_pairs(losses, base_losses) if compared else None
-            p_spread = p_of_spreads(losses, base_losses) if compared else None
-            better = _is_lower(loss, reference)
-            if kind == "gtddp" and better:
+        found = {key: Cell.of(units, results) for key, units in cells(plan).items()}
+        rows: Rows = []
+        lower, steadier = list[str](), list[str]()
+        for (name, kind), cell in found.items():
+            alone, compared = found[name, "base"], kind != "base"
+            loss, accuracy = cell.loss, cell.accuracy
+            if kind == "gtddp" and cell.lower_than(alone):
                 lower.append(name)
-            if kind == "gtddp" and _varies_less(loss, reference):
+            if kind == "gtddp" and cell.steadier_than(alone):
                 steadier.append(name)
             rows.append(
                 [
                     NAMES[name], VARIANTS[kind], BASES[name], loss.mean, loss.deviation, accuracy.mean,
-                    accuracy.deviation, loss.diverged, ("(+)" if better else "(-)") if compared else "", p, p_spread,
+                    accuracy.deviation, loss.diverged, ("(+)" if cell.lower_than(alone) else "(-)") if compared else "",
+                    p_of_pairs(cell.losses, alone.losses) if compared else None,
+                    p_of_spreads(cell.losses, alone.losses) if compared else None,
                 ]
             )  # fmt: skip
         columns = {
@@ -77,18 +77,27 @@ class Table2:
             "validation accuracy (%)": ".2f", "deviation of accuracy": ".2f", "diverged": "d",
             "against base": "", "p (loss)": ".2g", "p (variance)": ".2g",
         }  # fmt: skip
-        main = Table("", "Training loss and validation accuracy", columns, rows)
         return Findings(
-            setting=_setting(plan, runs),
-            conclusion=self._conclusion(plan, rows, lower, steadier),
-            tables=[main, _claims(len(BASES), lower, steadier, rows), _all_runs(runs)],
-            figures={"": _picture(runs)},
-            captions={
-                "": "A point is a seed, a bar the mean of the runs that stayed finite. Lower is better on the left."
-            },
+            setting=(
+                f"{described(next(iter(found.values())).runs[0], plan)} Constant rates, no warm-up. The "
+                "optimizers of "
+                "one base share rate, seeds, initial weights and data order. p (loss): Wilcoxon's signed-rank "
+                "test on the "
+                "pairs of runs of one seed; p (variance): Pitman and Morgan's test of equal variances on the "
+                "same pairs. "
+                "Loss is the mean over the last epoch, accuracy that at the end."
+            ),
+            conclusion=self._conclusion(rows, lower, steadier),
+            tables=[
+                Table("", "Training loss and validation accuracy", columns, rows),
+                _claims(len(BASES), lower, steadier, rows),
+                runs_table(("base", "optimizer"), found.items()),
+            ],
+            figures={"": _picture(found)},
+            captions={"": "A point is a seed, a bar the mean of the runs that stayed finite."},
         )
 
-    def _conclusion(self, plan: Plan, rows: Sequence[Sequence[object]], lower: list[str], steadier: list[str]) -> str:
+    def _conclusion(self, rows: Sequence[Sequence[object]], lower: list[str], steadier: list[str]) -> str:
         def named(names: Sequence[str]) -> str:
             return f" ({', '.join(NAMES[name] for name in names)})" if names else ""
 
@@ -104,33 +113,6 @@ class Table2:
             "best: what GT-DDP "
             "does at others is on [the page about robustness](robustness.md)."
         )
-
-
-def _is_lower(ours: Spread, alone: Spread) -> bool:
-    """Whether more runs stayed finite, or as many with a lower mean."""
-    if ours.diverged != alone.diverged or ours.mean is None or alone.mean is None:
-        return ours.diverged < alone.diverged
-    return ours.mean < alone.mean
-
-
-def _varies_less(ours: Spread, alone: Spread) -> bool:
-    if ours.diverged != alone.diverged or ours.deviation is None or alone.deviation is None:
-        return ours.diverged < alone.diverged
-    return ours.deviation < alone.deviation
-
-
-def _setting(plan: Plan, runs: Mapping[tuple[str, str], Sequence[Trained]]) -> str:
-    run = next(iter(runs.values()))[0]
-    model, train = run.config.model, run.config.train
-    return (
-        f"{model.name} on {plan.data}, {run.steps} steps of {train.batch_size} samples at a constant rate, "
-        f"{plan.seeds} seeds from 0 on. "
-        "The optimizers of one base share rate, seeds, initial weights and data order. p (loss): Wilcoxon's "
-        "signed-rank test on the "
-        "pairs of runs of one seed; p (variance): Pitman and Morgan's test of equal variances on the same pairs. "
-        "Loss is the mean "
-        "over the last epoch, accuracy that at the end."
-    )
 
 
 def _claims(bases: int, lower: Sequence[str], steadier: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -149,30 +131,13 @@ def _claims(bases: int, lower: Sequence[str], steadier: Sequence[str], rows: Seq
     )
 
 
-def _all_runs(runs: Mapping[tuple[str, str], Sequence[Trained]]) -> Table:
-    return Table(
-        "runs",
-        "Every run",
-        {"base": "", "optimizer": "", "seed": "d", "train loss": "", "validation accuracy (%)": "", "diverged": ""},
-        [
-            [
-                name, kind, run.config.train.seed, None if run.diverged else run.train_loss, run.val_accuracy,
-                run.diverged,
-            ]
-            for (name, kind), members in runs.items()
-            for run in members
-        ],
-        on_page=False,
-    )  # fmt: skip
-
-
-def _picture(runs: Mapping[tuple[str, str], Sequence[Trained]]):  # type: ignore[no-untyped-def]
+def _picture(found: Mapping[tuple[str, str], Cell]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for column, (name, (offset, kind)) in enumerate(itertools.product(BASES, enumerate(VARIANTS))):
-        members, color = runs[name, kind], f"C{offset}"
+        members, color = found[name, kind].runs, f"C{offset}"
         x = column // len(VARIANTS) + 0.25 * (offset - 1)
         for axes, values in (
             (loss, [run.train_loss for run in members if not run.diverged]),
