@@ -162,6 +162,7 @@ EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "fig7": ExperimentEntry("Layers that cooperate", "gtddp_dist.experiments.fig7:EXPERIMENT"),
     "robustness": ExperimentEntry("Which learning rates train", "gtddp_dist.experiments.robustness:EXPERIMENT"),
     "terminal": ExperimentEntry("Which terminal curvature pays", "gtddp_dist.experiments.terminal:EXPERIMENT"),
+    "target": ExperimentEntry("Steps and seconds to a target", "gtddp_dist.experiments.target:EXPERIMENT"),
 }
 
 

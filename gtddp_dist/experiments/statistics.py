@@ -15,10 +15,12 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and deviation of the values that are finite, and how many are not."""
+    """Mean and deviation of the values that are finite, the median of all, and how many are not finite."""
 
     mean: float | None
     deviation: float | None
+    median: float | None
+    """Of all, those that diverged counted as infinite; None where it is infinite."""
     diverged: int
 
     @classmethod
@@ -28,6 +30,7 @@ class Spread:
         return cls(
             statistics.fmean(finite) if finite else None,
             statistics.stdev(finite) if len(finite) > 1 else None,
+            _median(values),
             len(values) - len(finite),
         )
 
@@ -58,3 +61,8 @@ def p_of_spreads(ours: Sequence[float], base: Sequence[float]) -> float | None:
 
 def _finite(value: float, worst: float) -> float:
     return value if math.isfinite(value) else worst
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    median = statistics.median(math.inf if value is None else value for value in values)
+    return median if math.isfinite(median) else None

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..registry import DATA_SETS
 from .bases import BASES, NAMES, base, gtddp
 from .cell import Cell, described, runs_table, units_of
 from .page import Findings, Rows, Table
-from .plan import Plan, Settings
+from .plan import Plan, Settings, loss_of_guessing
 from .statistics import p_of_pairs, p_of_spreads
 from .unit import Results, Unit
 
@@ -66,7 +67,7 @@ class Table2:
                 steadier.append(name)
             rows.append(
                 [
-                    NAMES[name], VARIANTS[kind], BASES[name], loss.mean, loss.deviation, accuracy.mean,
+                    NAMES[name], VARIANTS[kind], BASES[name], loss.mean, loss.deviation, loss.median, accuracy.mean,
                     accuracy.deviation, loss.diverged, ("(+)" if cell.lower_than(alone) else "(-)") if compared else "",
                     p_of_pairs(cell.losses, alone.losses) if compared else None,
                     p_of_spreads(cell.losses, alone.losses) if compared else None,
@@ -74,7 +75,7 @@ class Table2:
             )  # fmt: skip
         columns = {
             "base": "", "optimizer": "", "rate": "g", "train loss": ".4f", "deviation of loss": ".4f",
-            "validation accuracy (%)": ".2f", "deviation of accuracy": ".2f", "diverged": "d",
+            "median loss": ".4f", "validation accuracy (%)": ".2f", "deviation of accuracy": ".2f", "diverged": "d",
             "against base": "", "p (loss)": ".2g", "p (variance)": ".2g",
         }  # fmt: skip
         return Findings(
@@ -94,7 +95,9 @@ class Table2:
                 runs_table(("base", "optimizer"), found.items()),
             ],
             figures={"": _picture(found)},
-            captions={"": "A point is a seed, a bar the mean of the runs that stayed finite."},
+            captions={
+                "": "A point is a seed, a bar the mean of the runs that stayed finite; losses above the frame are in the table."
+            },
         )
 
     def _conclusion(self, rows: Sequence[Sequence[object]], lower: list[str], steadier: list[str]) -> str:
@@ -102,7 +105,7 @@ class Table2:
             return f" ({', '.join(NAMES[name] for name in names)})" if names else ""
 
         n = len(BASES)
-        sure = [row for row in rows if row[1] == "GT-DDP" and isinstance(row[9], float) and row[9] < SIGNIFICANT]
+        sure = [row for row in rows if row[1] == "GT-DDP" and isinstance(row[10], float) and row[10] < SIGNIFICANT]
         return (
             f"With the defaults GT-DDP's mean training loss is lower for {len(lower)} of {n} bases{named(lower)}; "
             f"{len(sure)} of the {n} differences, in either direction, have p < {SIGNIFICANT}. It varies less "
@@ -125,8 +128,8 @@ def _claims(bases: int, lower: Sequence[str], steadier: Sequence[str], rows: Seq
         "The claims",
         {"claim": "", "bases for which it holds": "d", "of": "d", "p": ""},
         [
-            ["GT-DDP's training loss is lower", len(lower), bases, at(9)],
-            ["its variance over seeds is lower", len(steadier), bases, at(10)],
+            ["GT-DDP's training loss is lower", len(lower), bases, at(10)],
+            ["its variance over seeds is lower", len(steadier), bases, at(11)],
         ],
     )
 
@@ -148,7 +151,11 @@ def _picture(found: Mapping[tuple[str, str], Cell]) -> Figure:
                 mean = sum(values) / len(values)
                 label = VARIANTS[kind] if name == next(iter(BASES)) else None
                 axes.plot([x - 0.09, x + 0.09], [mean, mean], color=color, linewidth=2.5, label=label)
+    run = next(iter(found.values())).runs[0]
+    top = 10 * loss_of_guessing(DATA_SETS[run.config.data.name].classes)
     loss.set_yscale("log")
+    if loss.get_ylim()[1] > top:
+        loss.set_ylim(top=top)  # runs that blew up, and stayed finite, would hide all others
     loss.set(ylabel="training loss of the last epoch (nats)", title="Training loss")
     accuracy.set(ylabel="validation accuracy at the end (%)", title="Validation accuracy")
     for axes in (loss, accuracy):
