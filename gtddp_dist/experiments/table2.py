@@ -96,7 +96,7 @@ class Table2:
             ],
             figures={"": _picture(found)},
             captions={
-                "": "A point is a seed, a bar the mean of the runs that stayed finite; losses above the frame: see the table."
+                "": "A point is a seed, a bar the mean of the runs that stayed finite; above the frame: see the table."
             },
         )
 
