@@ -158,6 +158,7 @@ DATA_SETS: Mapping[str, DataEntry] = {
 
 EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "table2": ExperimentEntry("GT-DDP against its base at shared settings", "gtddp_dist.experiments.table2:EXPERIMENT"),
+    "fig1": ExperimentEntry("Time and memory of a step", "gtddp_dist.experiments.fig1:EXPERIMENT"),
     "fig6": ExperimentEntry("Feedback and variance during training", "gtddp_dist.experiments.fig6:EXPERIMENT"),
     "fig7": ExperimentEntry("Layers that cooperate", "gtddp_dist.experiments.fig7:EXPERIMENT"),
     "robustness": ExperimentEntry("Which learning rates train", "gtddp_dist.experiments.robustness:EXPERIMENT"),
