@@ -53,7 +53,7 @@ class Fig6:
         measured = {
             "base: deviation of loss": ".4f", "GT-DDP: deviation of loss": ".4f", "ratio": ".3g", "p": ".2g",
             "base: deviation of accuracy": ".2f", "GT-DDP: deviation of accuracy": ".2f", "base: diverged": "d",
-            "GT-DDP: diverged": "d",
+            "GT-DDP: diverged": "d", "base trains": "", "GT-DDP trains": "",
         }  # fmt: skip
         first = next(iter(curves.values())).runs[0]
         return Findings(
@@ -88,7 +88,7 @@ class Fig6:
             captions={
                 "a": "(a) Above: training loss, bands of one deviation over seeds. Below: feedback over open gain.",
                 "b": "(b) Deviation over seeds of training loss and validation accuracy.",
-                "c": "(c) Deviation over seeds of the training loss against the learning rate, without diverged runs.",
+                "c": "(c) Deviation over seeds of the training loss against the learning rate, where the optimizer trains.",
             },
         )
 
@@ -102,6 +102,7 @@ def _variance(key: list[TableCell], base: Cell, ours: Cell) -> list[TableCell]:
     return [
         *key, a, b, None if a is None or b is None or a < _EPSILON else b / a, p_of_spreads(ours.losses, base.losses),
         base.accuracy.deviation, ours.accuracy.deviation, base.loss.diverged, ours.loss.diverged,
+        base.trains, ours.trains,
     ]  # fmt: skip
 
 
@@ -114,14 +115,15 @@ def _conclusion(
     largest = {name: max(number_of(row[2]) for row in feedback if row[0] == name) for name in names}
     shares = ", ".join(f"{name} {share:.3g}" for name, share in largest.items())
     lower = [str(row[0]) for row in variance if isinstance(row[3], float) and row[3] < 1]
-    counted = [row for row in rates if isinstance(row[4], float)]
+    counted = [row for row in rates if isinstance(row[4], float) and row[-1] is row[-2] is True]
     less = sum(isinstance(row[4], float) and row[4] < 1 for row in counted)
+    alone = sum(row[-1] is True and row[-2] is False for row in rates)
     return (
         f"(a) The largest mean ratio of feedback to open gain during training: {shares}. (b) At the base's best "
         "rate the deviation of the "
         f"training loss over seeds is lower with GT-DDP for {len(lower)} of {len(variance)} bases "
         f"({', '.join(lower) or 'none'}). "
-        f"(c) Over all rates it is lower in {less} of {len(counted)} cases where both have two finite runs or more."
+        f"(c) Of the {len(counted)} rates at which both train it is lower at {less}; GT-DDP alone trains at {alone} more."
     )
 
 
@@ -183,7 +185,8 @@ def _picture_c(rates: Rows) -> Figure:
     for axes, name in zip(figure.subplots(1, len(BASES)), NAMES.values(), strict=True):
         rows = [row for row in rates if row[0] == name]
         for number, (column, kind) in enumerate(zip((2, 3), _KINDS, strict=True)):
-            points = [(number_of(row[1]), number_of(row[column])) for row in rows if row[column] is not None]
+            trains = [row for row in rows if row[column] is not None and row[number - 2] is True]
+            points = [(number_of(row[1]), number_of(row[column])) for row in trains]
             points = [(x, y) for x, y in points if y > _EPSILON]
             style = {"color": f"C{number}", "marker": "os"[number], "linestyle": ("--", "-")[number]}
             label = table2.VARIANTS[kind]
