@@ -88,7 +88,7 @@ class Fig6:
             captions={
                 "a": "(a) Above: training loss, bands of one deviation over seeds. Below: feedback over open gain.",
                 "b": "(b) Deviation over seeds of training loss and validation accuracy.",
-                "c": "(c) Deviation over seeds of the training loss against the learning rate, where the optimizer trains.",
+                "c": "(c) Deviation over seeds of the training loss, at rates at which the optimizer trains.",
             },
         )
 
@@ -123,7 +123,7 @@ def _conclusion(
         "rate the deviation of the "
         f"training loss over seeds is lower with GT-DDP for {len(lower)} of {len(variance)} bases "
         f"({', '.join(lower) or 'none'}). "
-        f"(c) Of the {len(counted)} rates at which both train it is lower at {less}; GT-DDP alone trains at {alone} more."
+        f"(c) Of the {len(counted)} rates at which both train it is lower at {less}; only GT-DDP trains at {alone} more."
     )
 
 
