@@ -123,7 +123,7 @@ def _conclusion(
         "rate the deviation of the "
         f"training loss over seeds is lower with GT-DDP for {len(lower)} of {len(variance)} bases "
         f"({', '.join(lower) or 'none'}). "
-        f"(c) Of the {len(counted)} rates at which both train it is lower at {less}; only GT-DDP trains at {alone} more."
+        f"(c) Of {len(counted)} rates at which both train it is lower at {less}; only GT-DDP trains at {alone} more."
     )
 
 
