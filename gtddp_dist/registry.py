@@ -161,6 +161,7 @@ EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "fig1": ExperimentEntry("Time and memory of a step", "gtddp_dist.experiments.fig1:EXPERIMENT"),
     "fig6": ExperimentEntry("Feedback and variance during training", "gtddp_dist.experiments.fig6:EXPERIMENT"),
     "fig7": ExperimentEntry("Layers that cooperate", "gtddp_dist.experiments.fig7:EXPERIMENT"),
+    "fig8": ExperimentEntry("What feedback looks for in an image", "gtddp_dist.experiments.fig8:EXPERIMENT"),
     "robustness": ExperimentEntry("Which learning rates train", "gtddp_dist.experiments.robustness:EXPERIMENT"),
     "terminal": ExperimentEntry("Which terminal curvature pays", "gtddp_dist.experiments.terminal:EXPERIMENT"),
     "target": ExperimentEntry("Steps and seconds to a target", "gtddp_dist.experiments.target:EXPERIMENT"),
