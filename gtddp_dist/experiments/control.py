@@ -53,8 +53,8 @@ NETWORK: Settings = {
     "model.width": 8,
     "model.channels": None,
     "model.batch_norm": False,
-    "train.batch_size": 256,
-    "train.steps": 60,
+    "train.batch_size": 128,
+    "train.steps": 40,
     "log.every": 2,
     "eval.every": 2,
 }

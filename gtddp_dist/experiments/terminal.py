@@ -22,7 +22,7 @@ TERMINALS: Mapping[str, str] = {
     "exact": "exact, every class",
 }
 WEIGHTS = (0.03, 0.1, 0.3)
-FACTORS = (1.0, 3.0)
+FACTORS = (3.0,)
 
 Key = tuple[str, float, str, float]
 """Base, factor of its best rate, terminal ("base" for the base alone) and rho (0 for the base alone)."""
@@ -43,7 +43,7 @@ def _cells(plan: Plan) -> dict[Key, list[Unit]]:
 
 
 class Terminal:
-    """All cotangents and a few weights, at the base's best rate and at three times that."""
+    """All cotangents and a few weights, at three times the base's best rate, where GT-DDP is used."""
 
     question = (
         "The paper takes the loss gradient for the curvature at the output. Others are labels sampled from the "

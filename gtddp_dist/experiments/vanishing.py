@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 FUNCTION = "gtddp_dist.experiments.vanishing:train_and_look"
 ACTIVATIONS = ("sigmoid", "tanh")
 OPTIMIZERS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "sgd": ("SGD", (0.1, 0.3, 1.0, 3.0)),
-    "gtddp-sgd": ("GT-DDP on SGD", (0.1, 0.3, 1.0, 3.0)),
-    "adam": ("Adam", (0.001, 0.003, 0.01, 0.03)),
-    "gtddp-adam": ("GT-DDP on Adam", (0.001, 0.003, 0.01, 0.03)),
+    "sgd": ("SGD", (0.1, 0.5, 2.0)),
+    "gtddp-sgd": ("GT-DDP on SGD", (0.1, 0.5, 2.0)),
+    "adam": ("Adam", (0.001, 0.004, 0.016)),
+    "gtddp-adam": ("GT-DDP on Adam", (0.001, 0.004, 0.016)),
 }
 """Optimizer -> name and rates, the same for a base and for GT-DDP on it."""
 BLOCKS = 5
@@ -144,7 +144,7 @@ _KINDS = ("gradient", "value")
 
 
 def _cells(plan: Plan) -> dict[Key, list[Unit]]:
-    length: Settings = {"train.epochs": 6, **plan.pick({}, {"train.steps": 4, "log.every": 1})}
+    length: Settings = {"train.epochs": 4, **plan.pick({}, {"train.steps": 4, "log.every": 1})}
     small: Settings = plan.pick({}, {"model.blocks": 2, "model.channels": [WIDTH] * 2})
     found: dict[Key, list[Unit]] = {}
     for activation, (name, (_, rates)) in itertools.product(ACTIVATIONS, OPTIMIZERS.items()):
@@ -188,7 +188,7 @@ def train_and_look(settings: Settings) -> dict[str, JSON]:
 
 
 def _norms(model, images, labels, rate: float) -> dict[str, list[float | None]]:  # type: ignore[no-untyped-def]
-    """By player: the norm of the mean gradient, and of the open gain over the rate; the model's weights stay as they are."""
+    """By player: the norm of the mean gradient, and of the open gain over the rate; the model stays as it is."""
     import copy
 
     import torch
