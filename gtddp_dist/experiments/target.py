@@ -34,7 +34,7 @@ class Goal:
 
 
 GOALS: Mapping[str, Goal] = {
-    # 1,437 is the whole training set. Gram matrices cost the square of a recursion's samples, solving with them the cube.
+    # 1,437 is the whole training set. Gram matrices cost the square, solutions the cube of the samples of a recursion.
     "digits": Goal(95.0, {32: 352, 256: 120, 512: 120, 1437: 45}, {512: 128, 1437: 479}),
     "mnist": Goal(99.0, {128: 4700, 512: 1200, 2048: 300}, {2048: 512}),
     "svhn": Goal(88.0, {128: 11400, 512: 2900, 2048: 700}, {2048: 512}),
