@@ -158,6 +158,9 @@ DATA_SETS: Mapping[str, DataEntry] = {
 
 EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "table2": ExperimentEntry("GT-DDP against its base at shared settings", "gtddp_dist.experiments.table2:EXPERIMENT"),
+    "fig4": ExperimentEntry(
+        "The value Hessian of a batch, and what couples samples", "gtddp_dist.experiments.fig4:EXPERIMENT"
+    ),
 }
 
 

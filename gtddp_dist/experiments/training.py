@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -24,15 +24,22 @@ _NO_CHECKPOINTS = 10**9
 _CURVES = ("train/loss", "val/accuracy", "gtddp/feedback_ratio", "gtddp/open_gain")
 
 
-def training(plan: Plan, *parts: Settings) -> Unit:
+def training(plan: Plan, *parts: Settings, alone: bool = False) -> Unit:
     """The unit that trains with the plan's settings and `parts` over them. Raises ConfigError where they are wrong."""
     settings = plan.settings(*parts)
     config_of(settings)
-    return Unit.of(FUNCTION, cast(Mapping[str, JSON], settings))
+    return Unit.of(FUNCTION, cast(Mapping[str, JSON], settings), alone=alone)
 
 
 def train_once(settings: Settings) -> dict[str, JSON]:
     """Trains, and returns what `Trained` reads."""
+    with trained_run(settings) as (run, code):
+        return what_came_of(run, code)
+
+
+@contextlib.contextmanager
+def trained_run(settings: Settings) -> Iterator[tuple[RunDirectory, int]]:
+    """Trains; the run directory, which is there while the block runs, and the exit code: OK, or FAILED if diverged."""
     from ..train import run_training  # imports torch
 
     with tempfile.TemporaryDirectory(prefix="gtddp-reproduce-") as folder:
@@ -46,9 +53,13 @@ def train_once(settings: Settings) -> dict[str, JSON]:
             code = run_training(config, "experiment")
         if code not in (OK, FAILED):
             raise UserError("a training of the experiment was stopped")
-        run = RunDirectory(path)
-        summary, records = run.read_summary(), read_metrics(run)
-        assert summary is not None  # it is written with both of these exit codes
+        yield RunDirectory(path), code
+
+
+def what_came_of(run: RunDirectory, code: int) -> dict[str, JSON]:
+    """What `Trained` reads, of a run directory and its exit code."""
+    summary, records = run.read_summary(), read_metrics(run)
+    assert summary is not None  # it is written with both of these exit codes
     return {
         "diverged": code == FAILED or summary["train/loss"] is None,
         "train_loss": summary["train/loss"],
