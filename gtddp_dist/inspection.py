@@ -80,7 +80,7 @@ class Inspector:
         value, members = self.values[cut][group], self.groups[group]
         loss_slopes, live = self._slopes(cut, members, "gradient")
         slopes, _ = self._slopes(cut, members, self.stream)
-        self._guard(slopes.numel() ** 2)
+        self._guard(loss_slopes.numel() ** 2)
         M = torch.diag(value.curvature) if value.curvature.ndim == 1 else value.curvature
         B, n = loss_slopes.shape
         by_sample = slopes.reshape(B, -1, n)  # K cotangents a sample
@@ -88,6 +88,12 @@ class Inspector:
         gradient = members.weight * loss_slopes + (value.slope[:, None] * slopes).reshape(B, K, n).sum(1)
         hessian = torch.einsum("bki,bkcl,clj->bicj", by_sample, M.reshape(B, K, B, K), by_sample)
         return ExplicitValue(gradient, hessian, live)
+
+    def sample_value(self, cut: int, group: int) -> Value:
+        """See :meth:`gtddp_dist.GTDDP.sample_value`."""
+        if cut not in self.values:
+            raise OptionError(f"sample_value: cut {cut} is not one of 0 to {len(self.trajectory.stages)}")
+        return self.values[cut][group]
 
     def policy(self, player: int, group: int) -> ExplicitPolicy:
         """See :meth:`gtddp_dist.GTDDP.policy`."""

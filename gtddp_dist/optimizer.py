@@ -408,6 +408,10 @@ class GTDDP(torch.optim.Optimizer):
         """V_z and V_zz at a cut in the last step, in explicit form (needs ``inspect=True``; small nets)."""
         return self._inspected().value(cut, group)
 
+    def sample_value(self, cut: int, group: int = 0) -> Value:
+        """The same as the sweep carries it, in sample space: c and M (needs ``inspect=True``; nets of any size)."""
+        return self._inspected().sample_value(cut, group)
+
     def policy(self, player: int, group: int = 0) -> ExplicitPolicy:
         """k and K of a player in the last step, in explicit form (needs ``inspect=True``; small nets)."""
         return self._inspected().policy(player, group)

@@ -159,13 +159,16 @@ DATA_SETS: Mapping[str, DataEntry] = {
 EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "table2": ExperimentEntry("GT-DDP against its base at shared settings", "gtddp_dist.experiments.table2:EXPERIMENT"),
     "fig1": ExperimentEntry("Time and memory of a step", "gtddp_dist.experiments.fig1:EXPERIMENT"),
+    "fig4": ExperimentEntry(
+        "The value Hessian of a batch, and what couples samples", "gtddp_dist.experiments.fig4:EXPERIMENT"
+    ),
     "fig6": ExperimentEntry("Feedback and variance during training", "gtddp_dist.experiments.fig6:EXPERIMENT"),
     "fig7": ExperimentEntry("Layers that cooperate", "gtddp_dist.experiments.fig7:EXPERIMENT"),
     "fig8": ExperimentEntry("What feedback looks for in an image", "gtddp_dist.experiments.fig8:EXPERIMENT"),
     "control": ExperimentEntry("Training as control", "gtddp_dist.experiments.control:EXPERIMENT"),
+    "vanishing": ExperimentEntry("Gradients in deep saturating nets", "gtddp_dist.experiments.vanishing:EXPERIMENT"),
     "robustness": ExperimentEntry("Which learning rates train", "gtddp_dist.experiments.robustness:EXPERIMENT"),
     "terminal": ExperimentEntry("Which terminal curvature pays", "gtddp_dist.experiments.terminal:EXPERIMENT"),
-    "vanishing": ExperimentEntry("Gradients in deep saturating nets", "gtddp_dist.experiments.vanishing:EXPERIMENT"),
     "target": ExperimentEntry("Steps and seconds to a target", "gtddp_dist.experiments.target:EXPERIMENT"),
 }
 

@@ -1,0 +1,127 @@
+"""Experiments that look inside: the dense recursion against the reference, and a quick unit of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import IDENTITY, MLP, PROJECTION, Net
+from torch import nn
+
+from gtddp_dist.checkpoint import JSON
+from gtddp_dist.experiments import dense
+from gtddp_dist.experiments.experiment import Experiment
+from gtddp_dist.experiments.plan import Plan
+from gtddp_dist.experiments.unit import Result, Results
+from gtddp_dist.registry import EXPERIMENTS, load_object
+
+SAMPLES = 3
+QUICK = Plan(seeds=1, quick=True, words=("train.threads=1",))
+
+
+def experiment(name: str) -> Experiment:
+    return cast(Experiment, load_object(EXPERIMENTS[name].experiment))
+
+
+# --- the dense recursion
+
+
+@pytest.mark.parametrize("net", [MLP, IDENTITY, PROJECTION], ids=lambda net: net.name)
+@pytest.mark.parametrize("control_hessian", ["replace", "proximal"])
+def test_the_dense_recursion_is_the_reference(net: Net, control_hessian: str) -> None:
+    rate, rho = 0.05, 0.2
+    model = net.model()
+    x, y = net.batch(SAMPLES)
+    options = oracle.Options(
+        oracle.SGD(lr=rate),
+        gauss_newton_weight=rho,
+        control_hessian=control_hessian,  # type: ignore[arg-type]
+        value_hessian="batch",
+        terminal="exact",
+        replace_guard=False,
+    )
+    result = oracle.oracle_step(net.stages, net.parameters(model), oracle.State(), x, y, options)
+    stages, logits = dense.batch_jacobians(model, x)
+    terminal = dense.softmax_hessian(logits, rho)
+    values = dense.value_hessians(stages, terminal, rate, proximal=control_hessian == "proximal")
+    assert list(values) == list(range(len(net.stages), 0, -1))
+    coupled = 0.0
+    for cut, V in values.items():
+        expected = result.sweeps[0].V_zz[cut]
+        torch.testing.assert_close(V, expected, rtol=1e-9, atol=1e-12)
+        assert dense.block_norms(V, SAMPLES).shape == (SAMPLES, SAMPLES)
+        coupled = max(coupled, dense.off_diagonal_share(V, SAMPLES))
+    assert coupled > 1e-3  # the shared controls couple samples
+
+
+def test_the_dense_recursion_sees_batch_norm() -> None:
+    """With controls that hardly move, V_zz is the Gauss-Newton Hessian of the layers behind, on the whole batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    model, x = model.double(), torch.randn(4, 3, dtype=torch.float64)
+    with torch.no_grad():
+        h = model[1](model[0](x)).flatten()
+    stages, logits = dense.batch_jacobians(model, x)
+    terminal = dense.softmax_hessian(logits, 1.0)
+    V = dense.value_hessians(stages, terminal, 1e-12, proximal=False)[1]
+    J = torch.autograd.functional.jacobian(lambda h: model[2:](h.view(4, 4)).flatten(), h)
+    torch.testing.assert_close(V, J.T @ terminal @ J, rtol=1e-8, atol=1e-12)
+    assert dense.off_diagonal_share(V, 4) > 0.05
+
+
+def test_the_softmax_hessian_is_that_of_the_loss() -> None:
+    logits = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 3])
+    hessian = torch.autograd.functional.hessian(lambda z: F.cross_entropy(z, labels), logits)
+    torch.testing.assert_close(dense.softmax_hessian(logits, 1.0), hessian.reshape(12, 12))
+
+
+# --- units
+
+
+def done(name: str, plan: Plan) -> tuple[Experiment, Results]:
+    """All units of the quick form, in this process."""
+    results, subject = Results(), experiment(name)
+    while missing := [unit for unit in subject.units(plan, results) if unit.key not in results]:
+        for unit in missing:
+            results[unit.key] = unit.do()
+    return subject, results
+
+
+def checked_page(name: str, plan: Plan) -> tuple[Results, dict[str, list[dict[str, object]]]]:
+    """The results, and the tables' rows by table and column; every table has rows, every picture is drawn."""
+    subject, results = done(name, plan)
+    found = subject.findings(plan, results)
+    assert found.conclusion and found.setting
+    assert set(found.captions) == set(found.figures)
+    for table in found.tables:
+        assert table.rows, table.name
+        table.markdown()
+    for figure in found.figures.values():
+        figure.canvas.draw() if hasattr(figure.canvas, "draw") else figure.draw_without_rendering()
+    return results, {
+        table.name: [dict(zip(table.columns, row, strict=True)) for row in table.rows] for table in found.tables
+    }
+
+
+def of(result: Result, *keys: str) -> JSON:
+    value: JSON = cast(dict[str, JSON], result)
+    for key in keys:
+        value = cast(Mapping[str, JSON], value)[key]
+    return value
+
+
+def test_fig4() -> None:
+    results, tables = checked_page("fig4", QUICK)
+    errors = {False: 0.0, True: 0.0}
+    for row in tables[""]:
+        norm = bool(row["BatchNorm"])
+        errors[norm] = max(errors[norm], cast(float, row["gtddp's error, Q_uu = R"]))
+    assert errors[False] < 1e-10 and errors[True] > 0.01
+    pictured = [result for result in results.values() if "picture" in result]
+    assert len(pictured) == 2
+    assert max(max(row) for row in cast(list[list[float]], of(pictured[0], "picture", "V"))) == 1.0
