@@ -191,7 +191,9 @@ def _picture_c(rates: Rows) -> Figure:
             style = {"color": f"C{number}", "marker": "os"[number], "linestyle": ("--", "-")[number]}
             label = table2.VARIANTS[kind]
             axes.plot([x for x, _ in points], [y for _, y in points], label=label, markersize=5, **style)
-        axes.set(xscale="log", yscale="log", title=name, xlabel="rate / best rate of the base")
+        # A logarithmic axis needs something to show.
+        scale = "log" if any(len(line.get_xdata()) for line in axes.lines) else "linear"
+        axes.set(xscale=scale, yscale=scale, title=name, xlabel="rate / best rate of the base")
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("deviation of training loss (nats)")
     figure.axes[0].legend()
