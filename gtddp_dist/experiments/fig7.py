@@ -93,7 +93,7 @@ def _conclusion(found: Mapping[Key, Cell]) -> str:
     sentences = []
     for rate in dict.fromkeys(rate for _, rate in found):
         order = [name for name, _ in sorted(_of_rate(found, rate).items(), key=lambda item: item[1].rank)]
-        names = ", ".join(OPTIMIZERS[name][0] for name in order)
+        names = "; ".join(OPTIMIZERS[name][0] for name in order)
         sentences.append(f"At rate {rate:g}, from the lowest mean training loss to the highest: {names}.")
     for better, worse, claim in (
         ("gt-ekfac", "ekfac", "Cooperation improves on EKFAC"),

@@ -278,7 +278,7 @@ def _compare(found: Mapping[Key, Cell], timings: Timings, goal: float) -> Rows:
 def _setting(plan: Plan, goal: float) -> str:
     return (
         f"{plan.data}, {plan.seeds} seeds from 0 on, to {goal:g} % validation accuracy. Each cell was tuned with "
-        "six trials on a seed of "
+        "four trials on a seed of "
         "its own: four rates for the base, two rates times two weights rho for GT-DDP; the best is the one that "
         "reached the target first. "
         f"With cosine decay the base has a linear warm-up over the first 1/{WARM_UP} of the run, GT-DDP has none. "
