@@ -164,7 +164,7 @@ class ModelConfig:
     """small-resnet, plain-net: output channels of each block; null: 2 width if one, else width, 2 width, ..."""
     batch_norm: bool = False
     """small-resnet, nested-resnet, plain-net: a BatchNorm after each convolution."""
-    activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh"] | None = None
+    activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "sigmoid"] | None = None
     """small-resnet, nested-resnet, plain-net, coop-net: the non-linearity. null: relu; coop-net: tanh."""
     stem: Literal["imagenet", "cifar"] = "cifar"
     """resnet*: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""

@@ -161,6 +161,9 @@ EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "fig4": ExperimentEntry(
         "The value Hessian of a batch, and what couples samples", "gtddp_dist.experiments.fig4:EXPERIMENT"
     ),
+    "vanishing": ExperimentEntry(
+        "Vanishing gradients in deep nets of sigmoids and tanhs", "gtddp_dist.experiments.vanishing:EXPERIMENT"
+    ),
 }
 
 

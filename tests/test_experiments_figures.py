@@ -13,7 +13,8 @@ from nets import IDENTITY, MLP, PROJECTION, Net
 from torch import nn
 
 from gtddp_dist.checkpoint import JSON
-from gtddp_dist.experiments import dense
+from gtddp_dist.experiments import dense, vanishing
+from gtddp_dist.experiments.bases import BASES
 from gtddp_dist.experiments.experiment import Experiment
 from gtddp_dist.experiments.plan import Plan
 from gtddp_dist.experiments.unit import Result, Results
@@ -125,3 +126,32 @@ def test_fig4() -> None:
     pictured = [result for result in results.values() if "picture" in result]
     assert len(pictured) == 2
     assert max(max(row) for row in cast(list[list[float]], of(pictured[0], "picture", "V"))) == 1.0
+
+
+def test_the_probe_has_the_gradient_and_q_u() -> None:
+    """Against the reference: Q_u is -R k there, with R = I / rate."""
+    model = MLP.model()
+    x, y = MLP.batch(SAMPLES)
+    found = vanishing.probe(model, x, y)
+    options = oracle.Options(
+        oracle.SGD(lr=BASES["sgd"]),
+        gauss_newton_weight="1/B",
+        control_hessian="replace",
+        value_hessian="block_diagonal",
+        replace_guard=False,
+    )
+    k = oracle.oracle_step(MLP.stages, MLP.parameters(model), oracle.State(), x, y, options).sweeps[0].k
+    norms = [float(gain.norm()) / BASES["sgd"] for gain in k]
+    torch.testing.assert_close(cast(list[float], found["paper"]), norms, rtol=1e-9, atol=0.0)
+    F.cross_entropy(model(x), y).backward()
+    first = torch.cat([p.grad.flatten() for p in list(model.parameters())[:2] if p.grad is not None])
+    assert cast(list[float], found["g"])[0] == pytest.approx(float(first.norm()))
+    assert found["g"] != found["paper"]
+
+
+def test_vanishing() -> None:
+    _, tables = checked_page("vanishing", QUICK)
+    g = "first over last: |g|"
+    by_activation = {row["activation"]: row[g] for row in tables["ratios"] if not row["trained with"]}
+    assert cast(float, by_activation["sigmoid"]) < 0.1 * cast(float, by_activation["tanh"])
+    assert {row["optimizer"] for row in tables[""]} == {"base", "DDPNOpt"}

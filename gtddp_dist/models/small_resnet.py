@@ -20,6 +20,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
 }
 
 
