@@ -166,6 +166,8 @@ class ModelConfig:
     """small-resnet, nested-resnet, plain-net: a BatchNorm after each convolution."""
     activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "sigmoid"] | None = None
     """small-resnet, nested-resnet, plain-net, coop-net: the non-linearity. null: relu; coop-net: tanh."""
+    init_scale: PositiveFloat = 1.0
+    """small-resnet, nested-resnet, plain-net: factor of all initial weights and biases but BatchNorm's."""
     stem: Literal["imagenet", "cifar"] = "cifar"
     """resnet*: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""
     patch_size: PositiveInt | None = None

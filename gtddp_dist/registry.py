@@ -129,13 +129,14 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
 
 MODELS: Mapping[str, ModelEntry] = {
     "small-resnet": ModelEntry(
-        ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.small_resnet:build"
+        ("blocks", "width", "channels", "batch_norm", "activation", "init_scale"),
+        "gtddp_dist.models.small_resnet:build",
     ),
     "plain-net": ModelEntry(
-        ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.plain_net:build"
+        ("blocks", "width", "channels", "batch_norm", "activation", "init_scale"), "gtddp_dist.models.plain_net:build"
     ),
     "nested-resnet": ModelEntry(
-        ("blocks", "width", "batch_norm", "activation"), "gtddp_dist.models.nested_resnet:build"
+        ("blocks", "width", "batch_norm", "activation", "init_scale"), "gtddp_dist.models.nested_resnet:build"
     ),
     "coop-net": ModelEntry(("width", "activation"), "gtddp_dist.models.coop_net:build"),
     "resnet18": ModelEntry(("stem",), "gtddp_dist.models.resnet:build_resnet18"),
@@ -160,6 +161,9 @@ EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "table2": ExperimentEntry("GT-DDP against its base at shared settings", "gtddp_dist.experiments.table2:EXPERIMENT"),
     "fig4": ExperimentEntry(
         "The value Hessian of a batch, and what couples samples", "gtddp_dist.experiments.fig4:EXPERIMENT"
+    ),
+    "control": ExperimentEntry(
+        "Methods of optimal control, by iteration and by second", "gtddp_dist.experiments.control:EXPERIMENT"
     ),
     "vanishing": ExperimentEntry(
         "Vanishing gradients in deep nets of sigmoids and tanhs", "gtddp_dist.experiments.vanishing:EXPERIMENT"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import cast
 
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 from nets import IDENTITY, MLP, PROJECTION, Net
 from torch import nn
 
+from gtddp_dist import parts
 from gtddp_dist.checkpoint import JSON
-from gtddp_dist.experiments import dense, vanishing
+from gtddp_dist.config import load_config
+from gtddp_dist.experiments import control, dense, vanishing
 from gtddp_dist.experiments.bases import BASES
 from gtddp_dist.experiments.experiment import Experiment
 from gtddp_dist.experiments.plan import Plan
@@ -155,3 +158,52 @@ def test_vanishing() -> None:
     by_activation = {row["activation"]: row[g] for row in tables["ratios"] if not row["trained with"]}
     assert cast(float, by_activation["sigmoid"]) < 0.1 * cast(float, by_activation["tanh"])
     assert {row["optimizer"] for row in tables[""]} == {"base", "DDPNOpt"}
+
+
+# --- methods of optimal control
+
+
+def test_the_scale_of_initial_weights() -> None:
+    def weights(name: str, scale: float) -> dict[str, torch.Tensor]:
+        words = [f"model.name={name}", f"model.init_scale={scale}", "model.batch_norm=true"]
+        return dict(parts.build(load_config("digits", words)).model.named_parameters())
+
+    for name in ("plain-net", "small-resnet", "nested-resnet"):
+        usual, scaled = weights(name, 1.0), weights(name, 0.25)
+        for parameter, value in usual.items():
+            factor = 1.0 if ".norm." in parameter else 0.25
+            torch.testing.assert_close(scaled[parameter], factor * value, msg=parameter)
+
+
+def test_control() -> None:
+    """A trial of a method, and what is made of made-up losses: the lowest counts, and seconds are those taken alone."""
+    plan = Plan(seeds=1, quick=True, words=("train.threads=1",))
+    subject = control.EXPERIMENT
+    trial = subject.trials(plan, "near the saddle", "emsa")[0]
+    results, real = Results(), trial.do()
+    assert not real["diverged"]
+    while missing := [unit for unit in subject.units(plan, results) if unit.key not in results]:
+        for unit in missing:
+            name = str(json.loads(unit.arguments)["optimizer.name"])
+            loss = 0.5 if name == "emsa" else 2.0
+            curve = [[1, 2.3], [2, loss], [3, loss]]
+            made = {**real, "train_loss": loss, "seconds_per_step": 4.0 if unit.alone else 100.0}
+            results[unit.key] = {**made, "curves": {**cast(dict[str, JSON], real["curves"]), "train/loss": curve}}
+    best = subject.trials(plan, "ordinary", "sgd")[1]
+    results[best.key] = {**results[best.key], "train_loss": 0.1}
+    assert subject.best(plan, results, "ordinary", "sgd") == control.TRIALS["sgd"][2]
+    missing = [unit for unit in subject.units(plan, results) if unit.key not in results]
+    assert len(missing) == 2  # the new best setting of SGD, trained and timed
+    for unit in missing:
+        results[unit.key] = {**real, "train_loss": 2.0, "seconds_per_step": 4.0}
+    assert all(len(unit.arguments) > 0 for unit in subject.units(plan, results))
+    found = subject.findings(plan, results)
+    rows = {(row[0], row[1]): dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows}
+    assert rows["ordinary", "E-MSA"]["steps to the mark"] == 2
+    assert rows["ordinary", "E-MSA"]["seconds to the mark"] == 8.0
+    assert rows["ordinary", "SGD"]["steps to the mark"] is None
+    assert "E-MSA gains more per iteration than SGD holds" in found.conclusion
+    assert "DDP is the more stable does not hold" in found.conclusion
+    assert set(found.captions) == set(found.figures)
+    for figure in found.figures.values():
+        figure.draw_without_rendering()
