@@ -162,6 +162,9 @@ EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     "fig4": ExperimentEntry(
         "The value Hessian of a batch, and what couples samples", "gtddp_dist.experiments.fig4:EXPERIMENT"
     ),
+    "fig8": ExperimentEntry(
+        "What the feedback of convolutions responds to, as images", "gtddp_dist.experiments.fig8:EXPERIMENT"
+    ),
     "control": ExperimentEntry(
         "Methods of optimal control, by iteration and by second", "gtddp_dist.experiments.control:EXPERIMENT"
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import cast
@@ -13,10 +14,10 @@ import torch.nn.functional as F
 from nets import IDENTITY, MLP, PROJECTION, Net
 from torch import nn
 
-from gtddp_dist import parts
+from gtddp_dist import GTDDP, curvature, parts
 from gtddp_dist.checkpoint import JSON
 from gtddp_dist.config import load_config
-from gtddp_dist.experiments import control, dense, vanishing
+from gtddp_dist.experiments import control, dense, fig8, vanishing
 from gtddp_dist.experiments.bases import BASES
 from gtddp_dist.experiments.experiment import Experiment
 from gtddp_dist.experiments.plan import Plan
@@ -207,3 +208,50 @@ def test_control() -> None:
     assert set(found.captions) == set(found.figures)
     for figure in found.figures.values():
         figure.draw_without_rendering()
+
+
+# --- feedback as images
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_leading_image_is_what_the_feedback_responds_to_most(norm: bool) -> None:
+    """Against Jacobians by autograd and the gains as the paper has them: K_b = -rate M_b g_u^b g_z^b."""
+    words = ["model.width=2", f"model.batch_norm={str(norm).lower()}", "train.dtype=float64", "train.threads=1"]
+    built = parts.build(load_config("digits", [*words, "optimizer.name=sgd", "optimizer.gauss_newton_weight=null"]))
+    images, labels = built.data.batch(torch.arange(6), 0, 0)
+    images = images.double()
+    weights = nn.utils.parameters_to_vector(built.model.parameters()).detach()
+    image = fig8.leading_image(built.model, images, labels)
+    assert torch.equal(weights, nn.utils.parameters_to_vector(built.model.parameters()))
+
+    model = built.model.train()
+    model.requires_grad_(True)
+
+    def state(x: torch.Tensor) -> torch.Tensor:
+        return model.stem_activation(model.stem(x)).flatten(1)  # type: ignore[no-any-return,operator]
+
+    opt = GTDDP.paper(copy.deepcopy(model), curvature.SGD(lr=BASES["sgd"]), inspect=True, rollout="linear")
+    F.cross_entropy(opt._model(images), labels).backward()
+    opt.step()
+    K = opt.policy(1).feedback_gain
+    J = torch.autograd.functional.jacobian(state, images)  # (B, n, B, C, H, W)
+    response = torch.einsum("ubn,bncxyz->uxyz", K, J).flatten(1)
+    largest = float(torch.linalg.matrix_norm(response, 2))
+    assert image.shape == images.shape[1:]
+    assert float(image.norm()) == pytest.approx(1.0)
+    assert float((response @ image.flatten()).norm()) == pytest.approx(largest, rel=1e-9)
+    assert largest > 0
+
+
+def test_ranks_of_pairs() -> None:
+    means = torch.eye(4).view(4, 1, 2, 2)
+    assert fig8.rank_of_pair(means[1] - means[2], means, 1, 2) == 1
+    assert fig8.rank_of_pair(means[1] - means[2], means, 0, 3) == 6
+    assert fig8.likeness(-2 * means[1], means[1]) == pytest.approx(1.0)
+
+
+def test_fig8() -> None:
+    _, tables = checked_page("fig8", QUICK)
+    assert len(tables[""]) == 3 * len(fig8.KINDS)
+    assert all(0 <= cast(float, row["|cosine|"]) <= 1 for row in tables[""])
+    assert {row["image"] for row in tables["images"]} >= {"difference", "trained"}
