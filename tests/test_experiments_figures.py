@@ -187,7 +187,7 @@ def test_control() -> None:
         for unit in missing:
             name = str(json.loads(unit.arguments)["optimizer.name"])
             loss = 0.5 if name == "emsa" else 2.0
-            curve = [[1, 2.3], [2, loss], [3, loss]]
+            curve: JSON = [[1, 2.3], [2, loss], [3, loss]]
             made = {**real, "train_loss": loss, "seconds_per_step": 4.0 if unit.alone else 100.0}
             results[unit.key] = {**made, "curves": {**cast(dict[str, JSON], real["curves"]), "train/loss": curve}}
     best = subject.trials(plan, "ordinary", "sgd")[1]
@@ -228,7 +228,7 @@ def test_the_leading_image_is_what_the_feedback_responds_to_most(norm: bool) -> 
     model.requires_grad_(True)
 
     def state(x: torch.Tensor) -> torch.Tensor:
-        return model.stem_activation(model.stem(x)).flatten(1)  # type: ignore[no-any-return,operator]
+        return model.stem_activation(model.stem(x)).flatten(1)  # type: ignore[operator]
 
     opt = GTDDP.paper(copy.deepcopy(model), curvature.SGD(lr=BASES["sgd"]), inspect=True, rollout="linear")
     F.cross_entropy(opt._model(images), labels).backward()

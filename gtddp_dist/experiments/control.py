@@ -33,7 +33,7 @@ TRIALS: Mapping[str, Sequence[Settings]] = {
             "optimizer.name": "msa",
             "optimizer.weight_decay": decay,
             "optimizer.lr": share,
-            "optimizer.emsa_iterations": 5,
+            "optimizer.emsa_iterations": 3,
         }
         for decay, share in ((0.001, 0.001), (0.01, 0.001), (0.01, 0.01), (0.1, 0.1))
     ],
@@ -48,7 +48,9 @@ STARTS: Mapping[str, float] = {"ordinary": 1.0, "near the saddle": 0.3}
 TUNING_SEED = 1000
 FORMS: Mapping[str, str] = {"paper": "paper's preset", "default": "defaults"}
 ROLLOUTS: Mapping[str, str] = {"linear": "stage-wise Newton (linear rollout)", "nonlinear": "DDP (nonlinear rollout)"}
-FACTORS = (1 / 3, 1.0, 3.0, 10.0, 30.0)
+FACTORS = (1.0, 3.0, 10.0, 30.0)
+"""Rates of GT-DDP on SGD, over SGD's good one."""
+STEPS = 70
 SHARE_THAT_TRAINS = 0.9
 
 
@@ -117,7 +119,7 @@ class Control:
     def stability(self, plan: Plan) -> dict[tuple[str, str, float], list[Unit]]:
         """Form, rollout and rate -> trainings, by seed."""
         found = {}
-        for form, rollout, factor in itertools.product(FORMS, ROLLOUTS, FACTORS[1:2] if plan.quick else FACTORS):
+        for form, rollout, factor in itertools.product(FORMS, ROLLOUTS, FACTORS[:1] if plan.quick else FACTORS):
             rate = float(f"{BASES['sgd'] * factor:.3g}")
             options = {"rollout": rollout} | ({"preset": "paper"} if form == "paper" else {})
             found[form, rollout, rate] = [
@@ -136,7 +138,7 @@ class Control:
             "model.activation": "tanh",
             "model.init_scale": STARTS[start],
         }
-        steps = plan.pick(100, 3)
+        steps = plan.pick(STEPS, 3)
         length = {"train.steps": steps, "train.batch_size": 32, "log.every": plan.pick(5, 1), "eval.every": steps}
         return network, {**length, "train.seed": seed}
 
@@ -171,7 +173,8 @@ class Control:
     def _setting(self, plan: Plan, half: float) -> str:
         count = len(self.trials(plan, "ordinary", "sgd"))
         return (
-            f"Data set {plan.data}; `plain-net` with one block of width 4, tanh; batch 32, {plan.pick(100, 3)} steps, "
+            f"Data set {plan.data}; `plain-net` with one block of width 4, tanh; batch 32, {plan.pick(STEPS, 3)} "
+            "steps, "
             f"{plan.seeds} seeds. Starts: the usual initial weights, and these times {STARTS['near the saddle']:g} "
             "(`model.init_scale`), near the saddle where all are zero. Each method has "
             f"{count} trials from each start, with a seed that is not among those reported; the lowest loss counts. "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
@@ -143,7 +143,7 @@ def leading_image(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
             live = stage.run(live)
         return torch.cat([part.flatten(1) for part in live if isinstance(part, Tensor)], dim=1)
 
-    _, pull_back = torch.func.vjp(state, images)
+    pull_back = cast(Callable[[Tensor], tuple[Tensor]], torch.func.vjp(state, images)[1])
     response = torch.func.vmap(lambda row: pull_back(row)[0].sum(0), chunk_size=64)(K_UBn)
     _, _, right = torch.linalg.svd(response.detach().flatten(1), full_matrices=False)
     image: Tensor = right[0].view(images.shape[1:])

@@ -155,7 +155,7 @@ class Vanishing:
 
     def cells(self, plan: Plan) -> dict[Case, list[Unit]]:
         """Case -> its trainings, by seed."""
-        length: Settings = {"train.steps": 4, "log.every": 2} if plan.quick else {"train.epochs": 3}
+        length: Settings = {"train.steps": 2, "log.every": 1} if plan.quick else {"train.epochs": 3}
         cases = [c for c in CASES if c.variant != "gtddp" and c.base == "sgd"] if plan.quick else CASES
         found = {}
         for case in cases:
@@ -185,7 +185,7 @@ def _setting(plan: Plan) -> str:
     layers = 1 + 2 * BLOCKS
     return (
         f"Data set {plan.data}; {layers} convolutions of {WIDTH} channels and two linear layers; {plan.seeds} seeds; "
-        f"{'4 steps' if plan.quick else '3 epochs'}; shared rates, "
+        f"{'2 steps' if plan.quick else '3 epochs'}; shared rates, "
         f"{', '.join(f'{NAMES[on]} {BASES[on]:g}' for on in ON)}. With shortcuts: the same layers in `small-resnet`. "
         "Norms are those on the first batch, in float64, of a layer's weights and bias together; Q_u = F_u' V_z' by "
         "gtddp's sweep in SGD's metric (identity over the rate), with the paper's options and with the defaults. A run "
