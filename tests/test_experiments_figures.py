@@ -20,9 +20,9 @@ from gtddp_dist.config import load_config
 from gtddp_dist.experiments import control, dense, fig8, vanishing
 from gtddp_dist.experiments.bases import BASES
 from gtddp_dist.experiments.experiment import Experiment
-from gtddp_dist.experiments.plan import Plan
+from gtddp_dist.experiments.plan import Plan, config_of
 from gtddp_dist.experiments.unit import Result, Results
-from gtddp_dist.registry import EXPERIMENTS, load_object
+from gtddp_dist.registry import DATA_SETS, EXPERIMENTS, load_object
 
 SAMPLES = 3
 QUICK = Plan(seeds=1, quick=True, words=("train.threads=1",))
@@ -255,3 +255,13 @@ def test_fig8() -> None:
     assert len(tables[""]) == 3 * len(fig8.KINDS)
     assert all(0 <= cast(float, row["|cosine|"]) <= 1 for row in tables[""])
     assert {row["image"] for row in tables["images"]} >= {"difference", "trained"}
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+def test_units_of_every_data_set_are_configurations(data: str) -> None:
+    plan = Plan(data, seeds=1, quick=True, words=() if data == "digits" else ("data.dir=nowhere",))
+    for name in ("fig4", "fig8", "control", "vanishing"):
+        assert experiment(name).units(plan, Results())
+        for unit in experiment(name).units(plan, Results()):
+            settings = json.loads(unit.arguments)
+            assert config_of(settings.get("settings", settings)).data.name == data
