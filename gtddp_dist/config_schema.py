@@ -76,8 +76,6 @@ class TrainConfig:
     """Data-parallel replicas emulated in one process: a recursion each, and averaged controls."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initial weights, data order and every other random number."""
-    init_scale: PositiveFloat = 1.0
-    """Factor of initial weights and biases, not of normalisation layers; near 0 a run starts beside a saddle."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Arithmetic; bfloat16 and float16 keep float32 weights under autocast, float16 with loss scaling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -168,6 +166,8 @@ class ModelConfig:
     """small-resnet, nested-resnet, plain-net: a BatchNorm after each convolution."""
     activation: Literal["relu", "gelu", "silu", "elu", "softplus", "tanh", "sigmoid"] | None = None
     """small-resnet, nested-resnet, plain-net, coop-net: the non-linearity. null: relu; coop-net: tanh."""
+    init_scale: PositiveFloat = 1.0
+    """small-resnet, nested-resnet, plain-net: factor of all initial weights and biases but BatchNorm's."""
     stem: Literal["imagenet", "cifar"] = "cifar"
     """resnet*: the first layers: 7x7 of stride 2 and max-pooling (imagenet), or 3x3 of stride 1 (cifar)."""
     patch_size: PositiveInt | None = None

@@ -130,16 +130,7 @@ def build_model(config: Config, data: DataSet, precision: Precision) -> nn.Modul
         )
     new_model = cast(Callable[..., nn.Module], load_object(MODELS[config.model.name].builder))
     model = new_model(config.model, in_channels=data.in_channels, classes=data.classes, image_size=height)
-    if config.train.init_scale != 1.0:
-        _scale(model, config.train.init_scale)
     return model.to(device=precision.device, dtype=precision.dtype)
-
-
-def _scale(model: nn.Module, factor: float) -> None:
-    for module in model.modules():
-        if not isinstance(module, nn.modules.batchnorm._NormBase | nn.LayerNorm | nn.GroupNorm):
-            for parameter in module.parameters(recurse=False):
-                parameter.data.mul_(factor)
 
 
 def validate(config: Config, model: nn.Module, data: DataSet, precision: Precision) -> dict[str, float]:

@@ -129,13 +129,14 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
 
 MODELS: Mapping[str, ModelEntry] = {
     "small-resnet": ModelEntry(
-        ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.small_resnet:build"
+        ("blocks", "width", "channels", "batch_norm", "activation", "init_scale"),
+        "gtddp_dist.models.small_resnet:build",
     ),
     "plain-net": ModelEntry(
-        ("blocks", "width", "channels", "batch_norm", "activation"), "gtddp_dist.models.plain_net:build"
+        ("blocks", "width", "channels", "batch_norm", "activation", "init_scale"), "gtddp_dist.models.plain_net:build"
     ),
     "nested-resnet": ModelEntry(
-        ("blocks", "width", "batch_norm", "activation"), "gtddp_dist.models.nested_resnet:build"
+        ("blocks", "width", "batch_norm", "activation", "init_scale"), "gtddp_dist.models.nested_resnet:build"
     ),
     "coop-net": ModelEntry(("width", "activation"), "gtddp_dist.models.coop_net:build"),
     "resnet18": ModelEntry(("stem",), "gtddp_dist.models.resnet:build_resnet18"),
@@ -164,9 +165,15 @@ EXPERIMENTS: Mapping[str, ExperimentEntry] = {
     ),
     "fig6": ExperimentEntry("Feedback and variance during training", "gtddp_dist.experiments.fig6:EXPERIMENT"),
     "fig7": ExperimentEntry("Layers that cooperate", "gtddp_dist.experiments.fig7:EXPERIMENT"),
-    "fig8": ExperimentEntry("What feedback looks for in an image", "gtddp_dist.experiments.fig8:EXPERIMENT"),
-    "control": ExperimentEntry("Training as control", "gtddp_dist.experiments.control:EXPERIMENT"),
-    "vanishing": ExperimentEntry("Gradients in deep saturating nets", "gtddp_dist.experiments.vanishing:EXPERIMENT"),
+    "fig8": ExperimentEntry(
+        "What the feedback of convolutions responds to, as images", "gtddp_dist.experiments.fig8:EXPERIMENT"
+    ),
+    "control": ExperimentEntry(
+        "Methods of optimal control, by iteration and by second", "gtddp_dist.experiments.control:EXPERIMENT"
+    ),
+    "vanishing": ExperimentEntry(
+        "Vanishing gradients in deep nets of sigmoids and tanhs", "gtddp_dist.experiments.vanishing:EXPERIMENT"
+    ),
     "robustness": ExperimentEntry("Which learning rates train", "gtddp_dist.experiments.robustness:EXPERIMENT"),
     "terminal": ExperimentEntry("Which terminal curvature pays", "gtddp_dist.experiments.terminal:EXPERIMENT"),
     "target": ExperimentEntry("Steps and seconds to a target", "gtddp_dist.experiments.target:EXPERIMENT"),

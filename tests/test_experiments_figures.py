@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping
 from typing import cast
 
@@ -12,12 +14,15 @@ import torch.nn.functional as F
 from nets import IDENTITY, MLP, PROJECTION, Net
 from torch import nn
 
+from gtddp_dist import GTDDP, curvature, parts
 from gtddp_dist.checkpoint import JSON
-from gtddp_dist.experiments import dense
+from gtddp_dist.config import load_config
+from gtddp_dist.experiments import control, dense, fig8, vanishing
+from gtddp_dist.experiments.bases import BASES
 from gtddp_dist.experiments.experiment import Experiment
-from gtddp_dist.experiments.plan import Plan
+from gtddp_dist.experiments.plan import Plan, config_of
 from gtddp_dist.experiments.unit import Result, Results
-from gtddp_dist.registry import EXPERIMENTS, load_object
+from gtddp_dist.registry import DATA_SETS, EXPERIMENTS, load_object
 
 SAMPLES = 3
 QUICK = Plan(seeds=1, quick=True, words=("train.threads=1",))
@@ -125,3 +130,138 @@ def test_fig4() -> None:
     pictured = [result for result in results.values() if "picture" in result]
     assert len(pictured) == 2
     assert max(max(row) for row in cast(list[list[float]], of(pictured[0], "picture", "V"))) == 1.0
+
+
+def test_the_probe_has_the_gradient_and_q_u() -> None:
+    """Against the reference: Q_u is -R k there, with R = I / rate."""
+    model = MLP.model()
+    x, y = MLP.batch(SAMPLES)
+    found = vanishing.probe(model, x, y)
+    options = oracle.Options(
+        oracle.SGD(lr=BASES["sgd"]),
+        gauss_newton_weight="1/B",
+        control_hessian="replace",
+        value_hessian="block_diagonal",
+        replace_guard=False,
+    )
+    k = oracle.oracle_step(MLP.stages, MLP.parameters(model), oracle.State(), x, y, options).sweeps[0].k
+    norms = [float(gain.norm()) / BASES["sgd"] for gain in k]
+    torch.testing.assert_close(cast(list[float], found["paper"]), norms, rtol=1e-9, atol=0.0)
+    F.cross_entropy(model(x), y).backward()
+    first = torch.cat([p.grad.flatten() for p in list(model.parameters())[:2] if p.grad is not None])
+    assert cast(list[float], found["g"])[0] == pytest.approx(float(first.norm()))
+    assert found["g"] != found["paper"]
+
+
+def test_vanishing() -> None:
+    _, tables = checked_page("vanishing", QUICK)
+    g = "first over last: |g|"
+    by_activation = {row["activation"]: row[g] for row in tables["ratios"] if not row["trained with"]}
+    assert cast(float, by_activation["sigmoid"]) < 0.1 * cast(float, by_activation["tanh"])
+    assert {row["optimizer"] for row in tables[""]} == {"base", "DDPNOpt"}
+
+
+# --- methods of optimal control
+
+
+def test_the_scale_of_initial_weights() -> None:
+    def weights(name: str, scale: float) -> dict[str, torch.Tensor]:
+        words = [f"model.name={name}", f"model.init_scale={scale}", "model.batch_norm=true"]
+        return dict(parts.build(load_config("digits", words)).model.named_parameters())
+
+    for name in ("plain-net", "small-resnet", "nested-resnet"):
+        usual, scaled = weights(name, 1.0), weights(name, 0.25)
+        for parameter, value in usual.items():
+            factor = 1.0 if ".norm." in parameter else 0.25
+            torch.testing.assert_close(scaled[parameter], factor * value, msg=parameter)
+
+
+def test_control() -> None:
+    """A trial of a method, and what is made of made-up losses: the lowest counts, and seconds are those taken alone."""
+    plan = Plan(seeds=1, quick=True, words=("train.threads=1",))
+    subject = control.EXPERIMENT
+    trial = subject.trials(plan, "near the saddle", "emsa")[0]
+    results, real = Results(), trial.do()
+    assert not real["diverged"]
+    while missing := [unit for unit in subject.units(plan, results) if unit.key not in results]:
+        for unit in missing:
+            name = str(json.loads(unit.arguments)["optimizer.name"])
+            loss = 0.5 if name == "emsa" else 2.0
+            curve: JSON = [[1, 2.3], [2, loss], [3, loss]]
+            made = {**real, "train_loss": loss, "seconds_per_step": 4.0 if unit.alone else 100.0}
+            results[unit.key] = {**made, "curves": {**cast(dict[str, JSON], real["curves"]), "train/loss": curve}}
+    best = subject.trials(plan, "ordinary", "sgd")[1]
+    results[best.key] = {**results[best.key], "train_loss": 0.1}
+    assert subject.best(plan, results, "ordinary", "sgd") == control.TRIALS["sgd"][2]
+    missing = [unit for unit in subject.units(plan, results) if unit.key not in results]
+    assert len(missing) == 2  # the new best setting of SGD, trained and timed
+    for unit in missing:
+        results[unit.key] = {**real, "train_loss": 2.0, "seconds_per_step": 4.0}
+    assert all(len(unit.arguments) > 0 for unit in subject.units(plan, results))
+    found = subject.findings(plan, results)
+    rows = {(row[0], row[1]): dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows}
+    assert rows["ordinary", "E-MSA"]["steps to the mark"] == 2
+    assert rows["ordinary", "E-MSA"]["seconds to the mark"] == 8.0
+    assert rows["ordinary", "SGD"]["steps to the mark"] is None
+    assert "E-MSA gains more per iteration than SGD holds" in found.conclusion
+    assert "DDP is the more stable does not hold" in found.conclusion
+    assert set(found.captions) == set(found.figures)
+    for figure in found.figures.values():
+        figure.draw_without_rendering()
+
+
+# --- feedback as images
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_leading_image_is_what_the_feedback_responds_to_most(norm: bool) -> None:
+    """Against Jacobians by autograd and the gains as the paper has them: K_b = -rate M_b g_u^b g_z^b."""
+    words = ["model.width=2", f"model.batch_norm={str(norm).lower()}", "train.dtype=float64", "train.threads=1"]
+    built = parts.build(load_config("digits", [*words, "optimizer.name=sgd", "optimizer.gauss_newton_weight=null"]))
+    images, labels = built.data.batch(torch.arange(6), 0, 0)
+    images = images.double()
+    weights = nn.utils.parameters_to_vector(built.model.parameters()).detach()
+    image = fig8.leading_image(built.model, images, labels)
+    assert torch.equal(weights, nn.utils.parameters_to_vector(built.model.parameters()))
+
+    model = built.model.train()
+    model.requires_grad_(True)
+
+    def state(x: torch.Tensor) -> torch.Tensor:
+        return model.stem_activation(model.stem(x)).flatten(1)  # type: ignore[operator]
+
+    opt = GTDDP.paper(copy.deepcopy(model), curvature.SGD(lr=BASES["sgd"]), inspect=True, rollout="linear")
+    F.cross_entropy(opt._model(images), labels).backward()
+    opt.step()
+    K = opt.policy(1).feedback_gain
+    J = torch.autograd.functional.jacobian(state, images)  # (B, n, B, C, H, W)
+    response = torch.einsum("ubn,bncxyz->uxyz", K, J).flatten(1)
+    largest = float(torch.linalg.matrix_norm(response, 2))
+    assert image.shape == images.shape[1:]
+    assert float(image.norm()) == pytest.approx(1.0)
+    assert float((response @ image.flatten()).norm()) == pytest.approx(largest, rel=1e-9)
+    assert largest > 0
+
+
+def test_ranks_of_pairs() -> None:
+    means = torch.eye(4).view(4, 1, 2, 2)
+    assert fig8.rank_of_pair(means[1] - means[2], means, 1, 2) == 1
+    assert fig8.rank_of_pair(means[1] - means[2], means, 0, 3) == 6
+    assert fig8.likeness(-2 * means[1], means[1]) == pytest.approx(1.0)
+
+
+def test_fig8() -> None:
+    _, tables = checked_page("fig8", QUICK)
+    assert len(tables[""]) == 3 * len(fig8.KINDS)
+    assert all(0 <= cast(float, row["|cosine|"]) <= 1 for row in tables[""])
+    assert {row["image"] for row in tables["images"]} >= {"difference", "trained"}
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+def test_units_of_every_data_set_are_configurations(data: str) -> None:
+    plan = Plan(data, seeds=1, quick=True, words=() if data == "digits" else ("data.dir=nowhere",))
+    for name in ("fig4", "fig8", "control", "vanishing"):
+        assert experiment(name).units(plan, Results())
+        for unit in experiment(name).units(plan, Results()):
+            settings = json.loads(unit.arguments)
+            assert config_of(settings.get("settings", settings)).data.name == data

@@ -1,289 +1,342 @@
-"""Training as control: the methods side by side, from two kinds of starts; and stage-wise Newton against DDP."""
+"""Methods of optimal control side by side: MSA, E-MSA, DDPNOpt and SGD, and stage-wise Newton against DDP."""
 
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from .cell import Cell, runs_table, units_of
-from .page import Cell as TableCell
-from .page import Findings, Rows, Table, number_of
-from .plan import Plan, Settings
-from .timing import timing
-from .training import training
+from ..registry import DATA_SETS
+from .bases import BASES, gtddp
+from .page import Cell, Findings, Table
+from .plan import Plan, Settings, loss_of_guessing, seeds_of
+from .statistics import Spread
+from .training import Trained, training
 from .unit import Results, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-METHODS: Mapping[str, tuple[str, tuple[Settings, ...]]] = {
-    "sgd": ("SGD", tuple({"optimizer.name": "sgd", "optimizer.lr": rate} for rate in (0.3, 1.0, 3.0))),
-    "gtddp": (
-        "DDP (GT-DDP-SGD)",
-        tuple({"optimizer.name": "gtddp-sgd", "optimizer.lr": rate} for rate in (0.3, 1.0, 3.0)),
-    ),
-    "ddpnopt": (
-        "DDPNOpt-SGD",
-        tuple({"optimizer.name": "ddpnopt-sgd", "optimizer.lr": rate} for rate in (0.3, 1.0, 3.0)),
-    ),
-    "emsa": (
-        "E-MSA",
-        tuple(
-            {"optimizer.name": "emsa", "optimizer.lr": 1.0, "optimizer.emsa_weight": weight}
-            for weight in (0.1, 1.0, 10.0)
-        ),
-    ),
-    "msa": (
-        "MSA",
-        tuple(
-            {"optimizer.name": "msa", "optimizer.lr": 1.0, "optimizer.weight_decay": decay}
-            for decay in (0.01, 0.1, 1.0)
-        ),
-    ),
+TRIALS: Mapping[str, Sequence[Settings]] = {
+    "sgd": [{"optimizer.name": "sgd", "optimizer.lr": rate} for rate in (0.1, 0.3, 1.0, 3.0)],
+    "ddpnopt": [
+        {"optimizer.name": "ddpnopt-sgd", "optimizer.lr": rate, "optimizer.gauss_newton_weight": "1/B"}
+        for rate in (0.1, 0.3, 1.0, 3.0)
+    ],
+    "emsa": [
+        {"optimizer.name": "emsa", "optimizer.emsa_weight": weight, "optimizer.emsa_iterations": 5}
+        for weight in (0.1, 0.3, 1.0, 3.0)
+    ],
+    "msa": [
+        {
+            "optimizer.name": "msa",
+            "optimizer.weight_decay": decay,
+            "optimizer.lr": share,
+            "optimizer.emsa_iterations": 3,
+        }
+        for decay, share in ((0.001, 0.001), (0.01, 0.001), (0.01, 0.01), (0.1, 0.1))
+    ],
 }
-"""Method -> its name and the settings that it is tuned over: three for each."""
-
-STARTS: Mapping[str, tuple[str, float]] = {"ordinary": ("ordinary", 1.0), "saddle": ("near a saddle", 0.3)}
-"""Start -> its name and the factor of the initial weights."""
-
-NETWORK: Settings = {
-    "model.name": "plain-net",
-    "model.blocks": 1,
-    "model.width": 8,
-    "model.channels": None,
-    "model.batch_norm": False,
-    "train.batch_size": 128,
-    "train.steps": 40,
-    "log.every": 2,
-    "eval.every": 2,
-}
-QUICK: Settings = {"model.width": 2, "train.batch_size": 32, "train.steps": 3, "log.every": 1, "eval.every": 1}
+"""Method -> what is tried; the same number for each."""
+NAMES: Mapping[str, str] = {"sgd": "SGD", "ddpnopt": "DDPNOpt", "emsa": "E-MSA", "msa": "MSA"}
+LOOKS: Mapping[str, tuple[str, str]] = {
+    "sgd": ("C0", "-"), "ddpnopt": ("C3", "--"), "emsa": ("C2", "-."), "msa": ("0.35", ":"),
+}  # fmt: skip
+STARTS: Mapping[str, float] = {"ordinary": 1.0, "near the saddle": 0.3}
+"""Start -> factor of the initial weights; where all are zero, every gradient but the last bias's is."""
 TUNING_SEED = 1000
-ROUNDS = 5
-
+FORMS: Mapping[str, str] = {"paper": "paper's preset", "default": "defaults"}
 ROLLOUTS: Mapping[str, str] = {"linear": "stage-wise Newton (linear rollout)", "nonlinear": "DDP (nonlinear rollout)"}
-RATES = (0.3, 1.0, 3.0, 10.0, 30.0)
-WEIGHTS = (0.1, 1.0)
-
-Key = tuple[str, str]
-"""Start and method."""
-NewtonKey = tuple[float, float, str]
-"""rho, rate and rollout."""
+FACTORS = (1.0, 3.0, 10.0, 30.0)
+"""Rates of GT-DDP on SGD, over SGD's good one."""
+STEPS = 70
+SHARE_THAT_TRAINS = 0.9
 
 
 class Control:
-    """Tunes every method at each start on a seed of its own, then compares them over the seeds."""
+    """Each method at its own best of four settings; then the two rollouts over step sizes."""
 
     question = (
-        "The same training by methods of optimal control: SGD, DDP in sample space, DDPNOpt, and the maximum "
-        "principle (MSA and "
-        "E-MSA); from ordinary initial weights and from near a saddle, where all weights are small, which "
-        "E-MSA's paper looks at. And is "
-        "DDP's nonlinear rollout more stable than the stage-wise Newton step, its linear rollout?"
+        "E-MSA's authors say that it gains more per iteration than gradient descent, above all from bad starts near a "
+        "saddle, at a higher price of an iteration; DDPNOpt claims to be nearly as cheap as a gradient step. Per "
+        "iteration and per second, how do MSA, E-MSA, DDPNOpt and SGD compare, each at its own best of as many "
+        "trials? And does DDP, whose feedback sees the states that the new weights lead to, train at larger steps than "
+        "stage-wise Newton, which sees their linearisation?"
     )
-    varies = ("optimizer.", "model.", "train.seed", "train.steps", "train.epochs", "train.batch_size",
-              "train.init_scale", "log.every", "eval.every", "schedule.")  # fmt: skip
+    varies = (
+        "model.name", "model.blocks", "model.width", "model.channels", "model.batch_norm", "model.activation",
+        "model.init_scale", "optimizer.", "schedule.", "train.seed", "train.steps", "train.epochs", "train.batch_size",
+    )  # fmt: skip
 
     def units(self, plan: Plan, results: Results) -> list[Unit]:
-        newton = [unit for units in _newton(plan).values() for unit in units]
-        tuning = [unit for key in _keys(plan) for unit in _tuning(plan, key)]
-        if any(unit.key not in results for unit in tuning):
-            return [*tuning, *newton]
-        best = {key: _best(plan, key, results) for key in _keys(plan)}
-        runs = [unit for settings in best.values() for unit in units_of(plan, settings)]
-        return [*tuning, *newton, *runs, _timing(plan, best)]
+        trials = {(s, m): self.trials(plan, s, m) for s, m in self._pairs(plan)}
+        units = [unit for found in trials.values() for unit in found]
+        units += [unit for found in self.stability(plan).values() for unit in found]
+        if all(unit.key in results for unit in units):
+            units += [unit for found in self.finals(plan, results).values() for unit in found]
+            units += list(self.timings(plan, results).values())
+        return units
+
+    def _pairs(self, plan: Plan) -> list[tuple[str, str]]:
+        return list(itertools.product(STARTS, TRIALS))
+
+    def trials(self, plan: Plan, start: str, method: str) -> list[Unit]:
+        """Every setting of a method from a start, with a seed of its own."""
+        given = TRIALS[method][1:3] if plan.quick else TRIALS[method]
+        return [training(plan, *self._common(plan, start, TUNING_SEED), trial) for trial in given]
+
+    def best(self, plan: Plan, results: Results, start: str, method: str) -> Settings:
+        """The setting with the lowest training loss."""
+        given = TRIALS[method][1:3] if plan.quick else TRIALS[method]
+        losses = [Trained(unit, results.of(unit)).train_loss for unit in self.trials(plan, start, method)]
+        return given[losses.index(min(losses))]
+
+    def finals(self, plan: Plan, results: Results) -> dict[tuple[str, str], list[Unit]]:
+        """Start and method -> its best setting, by seed."""
+        return {
+            (start, method): [
+                training(plan, *self._common(plan, start, seed), self.best(plan, results, start, method))
+                for seed in seeds_of(plan)
+            ]
+            for start, method in self._pairs(plan)
+        }
+
+    def timings(self, plan: Plan, results: Results) -> dict[tuple[str, str], Unit]:
+        """The same for a few steps, with nothing beside it."""
+        few: Settings = {"train.steps": plan.pick(12, 3), "eval.every": plan.pick(12, 3)}
+        return {
+            (start, method): training(
+                plan,
+                *self._common(plan, start, TUNING_SEED + 1),
+                self.best(plan, results, start, method),
+                few,
+                alone=True,
+            )
+            for start, method in self._pairs(plan)
+        }
+
+    def stability(self, plan: Plan) -> dict[tuple[str, str, float], list[Unit]]:
+        """Form, rollout and rate -> trainings, by seed."""
+        found = {}
+        for form, rollout, factor in itertools.product(FORMS, ROLLOUTS, FACTORS[:1] if plan.quick else FACTORS):
+            rate = float(f"{BASES['sgd'] * factor:.3g}")
+            options = {"rollout": rollout} | ({"preset": "paper"} if form == "paper" else {})
+            found[form, rollout, rate] = [
+                training(plan, *self._common(plan, "ordinary", seed), gtddp("sgd", rate, **options))
+                for seed in seeds_of(plan)
+            ]
+        return found
+
+    def _common(self, plan: Plan, start: str, seed: int) -> tuple[Settings, Settings]:
+        network: Settings = {
+            "model.name": "plain-net",
+            "model.blocks": 1,
+            "model.width": 4,
+            "model.channels": None,
+            "model.batch_norm": False,
+            "model.activation": "tanh",
+            "model.init_scale": STARTS[start],
+        }
+        steps = plan.pick(STEPS, 3)
+        length = {"train.steps": steps, "train.batch_size": 32, "log.every": plan.pick(5, 1), "eval.every": steps}
+        return network, {**length, "train.seed": seed}
 
     def findings(self, plan: Plan, results: Results) -> Findings:
-        best = {key: _best(plan, key, results) for key in _keys(plan)}
-        found = {key: Cell.of(units_of(plan, settings), results) for key, settings in best.items()}
-        times = cast(list[float], results.of(_timing(plan, best))["seconds"])
-        seconds = dict(zip(METHODS, times, strict=True))
-        newton = {key: Cell.of(units, results) for key, units in _newton(plan).items()}
-        rows: Rows = [
-            [
-                *_words(key), _setting_of(best[key]), cell.loss.mean, cell.loss.deviation, cell.loss.diverged,
-                cell.accuracy.mean, 1000 * seconds[key[1]], 100 * cell.share_that_trains,
-            ]
-            for key, cell in found.items()
-        ]  # fmt: skip
-        columns = {
-            "start": "", "method": "", "best of its trials": "", "train loss": ".4f", "deviation": ".4f",
-            "diverged": "d", "validation accuracy (%)": ".2f", "ms an iteration": ".3g", "train (%)": ".0f",
-        }  # fmt: skip
-        stable: Rows = [
-            [weight, rate, ROLLOUTS[rollout], cell.loss.mean, cell.loss.deviation, cell.loss.diverged,
-             100 * cell.share_that_trains]
-            for (weight, rate, rollout), cell in newton.items()
-        ]  # fmt: skip
-        run = next(iter(found.values())).runs[0]
+        runs = {
+            cell: [Trained(unit, results.of(unit)) for unit in units]
+            for cell, units in self.finals(plan, results).items()
+        }
+        seconds = {
+            cell: Trained(unit, results.of(unit)).seconds_per_step for cell, unit in self.timings(plan, results).items()
+        }
+        steady = {
+            cell: [Trained(unit, results.of(unit)) for unit in units] for cell, units in self.stability(plan).items()
+        }
+        best = {cell: self.best(plan, results, *cell) for cell in runs}
+        half = loss_of_guessing(DATA_SETS[plan.data].classes) / 2
+        main, stability = _main(runs, seconds, best, half), _stability(steady)
+        rates = _largest_rates(stability)
         return Findings(
-            setting=(
-                f"plain-net (width {run.config.model.width}, no shortcuts) on {plan.data}, {run.steps} iterations "
-                "on batches of "
-                f"{run.config.train.batch_size}, {plan.seeds} seeds from 0 on. Every method was tuned at each "
-                "start over three settings on a seed "
-                f"of its own. Near a saddle: initial weights and biases times {STARTS['saddle'][1]:g}. Loss is "
-                "the mean over the last epoch. Times "
-                "of an iteration were taken with all methods in turn, on one thread, with nothing else running. "
-                "Stage-wise Newton and DDP: GT-DDP-SGD "
-                "with both rollouts, from ordinary starts."
-            ),
-            conclusion=_conclusion(rows, stable),
-            tables=[
-                Table("", "Each at its best", columns, rows),
-                Table(
-                    "stability",
-                    "Stage-wise Newton against DDP",
-                    {
-                        "rho": "g", "rate": "g", "rollout": "", "train loss": ".4f", "deviation": ".4f",
-                        "diverged": "d", "train (%)": ".0f",
-                    },
-                    stable,
-                ),
-                runs_table(("start", "method"), [(_words(key), cell) for key, cell in found.items()]),
-            ],
-            figures={"": _picture(found, seconds), "stability": _picture_stability(newton)},
+            setting=self._setting(plan, half),
+            conclusion=_conclusion(main, rates),
+            tables=[main, self._trials(plan, results), stability, rates, _curves(runs, seconds)],
+            figures={"": _picture(runs, seconds), "stability": _stability_picture(stability)},
             captions={
-                "": "Mean training loss over the seeds, per iteration (left) and per second (right), from an ordinary "
-                "start (above) and from near a saddle (below). A curve ends where a run diverged.",
-                "stability": "Mean training loss against the rate; a cross at the top: a seed diverged there.",
+                "": "Training loss, mean over the seeds that stayed finite, each method at its own best setting; left "
+                "by iteration, right by seconds, measured with nothing beside it.",
+                "stability": "Mean training loss of the runs that stayed finite, against the rate; a cross: some "
+                "diverged.",
             },
+        )
+
+    def _setting(self, plan: Plan, half: float) -> str:
+        count = len(self.trials(plan, "ordinary", "sgd"))
+        return (
+            f"Data set {plan.data}; `plain-net` with one block of width 4, tanh; batch 32, {plan.pick(STEPS, 3)} "
+            "steps, "
+            f"{plan.seeds} seeds. Starts: the usual initial weights, and these times {STARTS['near the saddle']:g} "
+            "(`model.init_scale`), near the saddle where all are zero. Each method has "
+            f"{count} trials from each start, with a seed that is not among those reported; the lowest loss counts. "
+            f"Seconds are of short runs with nothing beside them. The mark: a training loss of {half:.3g}, half of "
+            "that of guessing. Stage-wise Newton and DDP are `gtddp-sgd` with a linear and a nonlinear rollout."
+        )
+
+    def _trials(self, plan: Plan, results: Results) -> Table:
+        columns = {"start": "", "method": "", "setting": "", "train loss": ".4f", "diverged": ""}
+        given = {method: (t[1:3] if plan.quick else t) for method, t in TRIALS.items()}
+        rows: list[list[Cell]] = []
+        for start, method in self._pairs(plan):
+            for setting, unit in zip(given[method], self.trials(plan, start, method), strict=True):
+                run = Trained(unit, results.of(unit))
+                loss = None if run.diverged else run.train_loss
+                rows.append([start, NAMES[method], _words(setting), loss, run.diverged])
+        return Table("trials", "The trials", columns, rows)
+
+
+def _words(setting: Settings) -> str:
+    shown = {key.removeprefix("optimizer."): value for key, value in setting.items() if key != "optimizer.name"}
+    shown.pop("gauss_newton_weight", None)
+    shown.pop("emsa_iterations", None)
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+
+def _mean_curve(members: Sequence[Trained]) -> tuple[list[int], list[float]]:
+    finite = [run.curve("train/loss") for run in members if not run.diverged]
+    steps = finite[0][0] if finite else []
+    return steps, [statistics.fmean(losses[i] for _, losses in finite) for i in range(len(steps))]
+
+
+def _main(
+    runs: Mapping[tuple[str, str], Sequence[Trained]],
+    seconds: Mapping[tuple[str, str], float],
+    best: Mapping[tuple[str, str], Settings],
+    half: float,
+) -> Table:
+    columns = {
+        "start": "", "method": "", "setting": "", "train loss": ".4f", "deviation": ".4f",
+        "validation accuracy (%)": ".1f", "trains": "d", "of": "d", "diverged": "d", "seconds per step": ".4f",
+        "steps to the mark": "d", "seconds to the mark": ".2f",
+    }  # fmt: skip
+    rows: list[list[Cell]] = []
+    for (start, method), members in runs.items():
+        loss = Spread.of([run.train_loss for run in members])
+        accuracy = Spread.of([run.val_accuracy for run in members])
+        steps = next((step for step, mean in zip(*_mean_curve(members), strict=True) if mean < half), None)
+        per_step = seconds[start, method]
+        rows.append(
+            [
+                start, NAMES[method], _words(best[start, method]), loss.mean, loss.deviation, accuracy.mean,
+                sum(run.trains for run in members), len(members), loss.diverged, per_step, steps,
+                None if steps is None else steps * per_step,
+            ]
         )  # fmt: skip
+    return Table("", "Each method at its own best", columns, rows)
 
 
-def _keys(plan: Plan) -> list[Key]:
-    return list(itertools.product(plan.pick(list(STARTS), ["ordinary"]), METHODS))
+def _stability(steady: Mapping[tuple[str, str, float], Sequence[Trained]]) -> Table:
+    columns = {
+        "options": "", "rollout": "", "rate": "g", "train loss": ".4f", "deviation": ".4f", "trains": "d", "of": "d",
+        "diverged": "d",
+    }  # fmt: skip
+    rows: list[list[Cell]] = []
+    for (form, rollout, rate), members in steady.items():
+        loss = Spread.of([run.train_loss for run in members])
+        trains = sum(run.trains for run in members)
+        rows.append([FORMS[form], rollout, rate, loss.mean, loss.deviation, trains, len(members), loss.diverged])
+    return Table("stability", "Stage-wise Newton and DDP over rates", columns, rows)
 
 
-def _words(key: Key) -> list[TableCell]:
-    return [STARTS[key[0]][0], METHODS[key[1]][0]]
+def _largest_rates(stability: Table) -> Table:
+    columns = {"options": "", "rollout": "", "largest rate that trains": "g", "runs that train, all rates": "d"}
+    rows: list[list[Cell]] = []
+    for form, rollout in itertools.product(FORMS.values(), ROLLOUTS):
+        mine = [row for row in stability.rows if row[:2] == [form, rollout]]
+        good = [cast(float, r[2]) for r in mine if cast(int, r[5]) >= SHARE_THAT_TRAINS * cast(int, r[6])]
+        rows.append([form, rollout, max(good, default=None), sum(cast(int, row[5]) for row in mine)])
+    return Table("rates", "The largest rate at which nine of ten seeds train", columns, rows)
 
 
-def _trials(plan: Plan, key: Key) -> list[Settings]:
-    start, method = key
-    common: Settings = {**NETWORK, **plan.pick({}, QUICK), "train.init_scale": STARTS[start][1]}
-    return [{**common, **options} for options in plan.pick(METHODS[method][1], METHODS[method][1][1:2])]
-
-
-def _tuning(plan: Plan, key: Key) -> list[Unit]:
-    return [training(plan, settings, {"train.seed": TUNING_SEED}) for settings in _trials(plan, key)]
-
-
-def _best(plan: Plan, key: Key, results: Results) -> Settings:
-    """The trial with the lowest loss."""
-    cells = [Cell.of([unit], results) for unit in _tuning(plan, key)]
-    return min(zip(_trials(plan, key), cells, strict=True), key=lambda item: item[1].rank)[0]
-
-
-def _timing(plan: Plan, best: Mapping[Key, Settings]) -> Unit:
-    return timing([plan.settings(best["ordinary", method]) for method in METHODS], plan.pick(ROUNDS, 1))
-
-
-def _newton(plan: Plan) -> dict[NewtonKey, list[Unit]]:
-    network: Settings = {**NETWORK, **plan.pick({}, QUICK)}
-    grid = itertools.product(plan.pick(WEIGHTS, (1.0,)), plan.pick(RATES, (3.0,)), ROLLOUTS)
-    return {
-        (weight, rate, rollout): units_of(
-            plan,
-            network,
-            {
-                "optimizer.name": "gtddp-sgd",
-                "optimizer.lr": rate,
-                "optimizer.gauss_newton_weight": weight,
-                "optimizer.rollout": rollout,
-            },
+def _conclusion(main: Table, rates: Table) -> str:
+    said = []
+    for start in STARTS:
+        rows = [row for row in main.rows if row[0] == start]
+        arrived = [row for row in rows if row[10] is not None]
+        if not arrived:
+            said.append(f"From the start '{start}' no method's mean loss reaches the mark.")
+            continue
+        by_step = min(arrived, key=lambda row: cast(int, row[10]))
+        by_second = min(arrived, key=lambda row: cast(float, row[11]))
+        sgd = next(row for row in rows if row[1] == NAMES["sgd"])
+        emsa = next(row for row in rows if row[1] == NAMES["emsa"])
+        holds = emsa[10] is not None and (sgd[10] is None or cast(int, emsa[10]) < cast(int, sgd[10]))
+        missing = [str(row[1]) for row in rows if row[10] is None]
+        said.append(
+            f"From the start '{start}' {by_step[1]} needs the fewest iterations to the mark ({by_step[10]}), and "
+            f"{by_second[1]} the fewest seconds ({by_second[11]:.2f}); that E-MSA gains more per iteration than SGD "
+            f"{'holds' if holds else 'does not hold'} there. "
+            + (f"{', '.join(missing)} {'do' if len(missing) > 1 else 'does'} not get there." if missing else "")
         )
-        for weight, rate, rollout in grid
-    }
-
-
-def _setting_of(settings: Settings) -> str:
-    for key, word in (("emsa_weight", "r"), ("weight_decay", "weight decay"), ("lr", "rate")):
-        if f"optimizer.{key}" in settings:
-            return f"{word} {settings[f'optimizer.{key}']:g}"
-    raise AssertionError(settings)
-
-
-def _conclusion(rows: Rows, stable: Rows) -> str:
-    sentences = []
-    for start in dict.fromkeys(row[0] for row in rows):
-        order = sorted(
-            (row for row in rows if row[0] == start),
-            key=lambda row: (number_of(row[5]), float("inf") if row[3] is None else number_of(row[3])),
+    for form in FORMS.values():
+        newton, ddp = (next(r for r in rates.rows if r[:2] == [form, rollout]) for rollout in ROLLOUTS)
+        a, b = (row[2] or 0.0 for row in (newton, ddp))
+        more = cast(float, b) > cast(float, a) or (a == b and cast(int, ddp[3]) > cast(int, newton[3]))
+        said.append(
+            f"With the {form} the largest rate that trains is {_rate(newton[2])} for stage-wise Newton and "
+            f"{_rate(ddp[2])} for DDP, and {newton[3]} and {ddp[3]} runs train in all: that DDP is the more stable "
+            f"{'holds' if more else 'does not hold'}."
         )
-        told = ", ".join(f"{row[1]} {'-' if row[3] is None else format(row[3], '.3g')}" for row in order)
-        sentences.append(f"From an {start} start" if start == "ordinary" else f"From {start}")
-        sentences[-1] += f", by mean training loss after the same iterations: {told}."
-    times = {str(row[1]): number_of(row[7]) for row in rows}
-    slowest = max(times, key=lambda name: times[name])
-    quickest = min(times, key=lambda name: times[name])
-    sentences.append(
-        f"An iteration costs {times[quickest]:.3g} ms ({quickest}) to {times[slowest]:.3g} ms ({slowest}), which "
-        "decides per second."
-    )
-    pairs: dict[tuple[TableCell, TableCell], dict[TableCell, Sequence[TableCell]]] = {}
-    for row in stable:
-        pairs.setdefault((row[0], row[1]), {})[row[2]] = row
-    linear, nonlinear = ROLLOUTS.values()
-    better = [pair for pair, both in pairs.items() if number_of(both[nonlinear][6]) > number_of(both[linear][6])]
-    worse = [pair for pair, both in pairs.items() if number_of(both[nonlinear][6]) < number_of(both[linear][6])]
-    sentences.append(
-        f"Stability: of {len(pairs)} pairs of rho and rate more seeds train by DDP in {len(better)}, more by "
-        f"stage-wise Newton in {len(worse)}."
-    )
-    return " ".join(sentences)
+    return " ".join(part.strip() for part in said)
 
 
-def _picture(found: Mapping[Key, Cell], seconds: Mapping[str, float]) -> Figure:
+def _rate(cell: Cell) -> str:
+    return "none" if cell is None else f"{cell:g}"
+
+
+def _curves(runs: Mapping[tuple[str, str], Sequence[Trained]], seconds: Mapping[tuple[str, str], float]) -> Table:
+    columns = {"start": "", "method": "", "step": "d", "seconds": ".3f", "train loss": ".4f"}
+    rows: list[list[Cell]] = [
+        [start, NAMES[method], step, step * seconds[start, method], loss]
+        for (start, method), members in runs.items()
+        for step, loss in zip(*_mean_curve(members), strict=True)
+    ]
+    return Table("curves", "Training loss by step and second, mean over seeds", columns, rows, on_page=False)
+
+
+def _picture(runs: Mapping[tuple[str, str], Sequence[Trained]], seconds: Mapping[tuple[str, str], float]) -> Figure:
     from matplotlib.figure import Figure
 
-    starts = list(dict.fromkeys(start for start, _ in found))
-    figure = Figure(figsize=(11, 3.7 * len(starts)), layout="constrained")
-    panels = figure.subplots(len(starts), 2, squeeze=False, sharey="row")
-    for (start, method), cell in found.items():
-        steps, mean, _ = cell.mean_curve("train/loss")
-        number = list(METHODS).index(method)
-        style = {"color": f"C{number}", "linestyle": ("--", "-", "-.", ":", (0, (5, 1)))[number]}
-        iteration, second = panels[starts.index(start)]
-        iteration.plot(steps, mean, label=METHODS[method][0], **style)
-        second.plot([step * seconds[method] for step in steps], mean, **style)
-    for (iteration, second), start in zip(panels, starts, strict=True):
-        for axes, label in ((iteration, "iteration"), (second, "seconds of computing")):
-            axes.set(
-                yscale="log",
-                xlabel=label,
-                title=f"{STARTS[start][0]} start" if start == "ordinary" else STARTS[start][0],
-            )
-            axes.grid(alpha=0.25)
-        second.set_xscale("log")
-        iteration.set_ylabel("training loss (nats)")
-    panels[0][0].legend(fontsize=8)
+    figure = Figure(figsize=(11, 7.4), layout="constrained")
+    grid = figure.subplots(len(STARTS), 2, squeeze=False)
+    for row, start in zip(grid, STARTS, strict=True):
+        for method, (color, style) in LOOKS.items():
+            steps, losses = _mean_curve(runs[start, method])
+            row[0].plot(steps, losses, style, color=color, label=NAMES[method])
+            row[1].plot([step * seconds[start, method] for step in steps], losses, style, color=color)
+        row[1].set_xscale("log")
+        for axes, unit in zip(row, ("training step", "seconds"), strict=True):
+            axes.set_yscale("log")
+            axes.set(xlabel=unit, ylabel="training loss (nats)", title=f"start: {start}")
+            axes.grid(alpha=0.3)
+    grid[0][0].legend()
     return figure
 
 
-def _picture_stability(newton: Mapping[NewtonKey, Cell]) -> Figure:
+def _stability_picture(stability: Table) -> Figure:
     from matplotlib.figure import Figure
 
-    weights = list(dict.fromkeys(weight for weight, _, _ in newton))
-    figure = Figure(figsize=(4.8 * len(weights) + 0.4, 3.8), layout="constrained")
-    for axes, weight in zip(figure.subplots(1, len(weights), squeeze=False)[0], weights, strict=True):
-        for number, (rollout, label) in enumerate(ROLLOUTS.items()):
-            cells = {rate: cell for (w, rate, r), cell in newton.items() if (w, r) == (weight, rollout)}
-            shown = {rate: cell.loss.mean for rate, cell in cells.items() if cell.loss.mean is not None}
-            style = {"color": f"C{number}", "marker": "os"[number], "linestyle": ("--", "-")[number]}
-            axes.plot(list(shown), list(shown.values()), label=label, markersize=5, **style)
-            crosses = [rate for rate, cell in cells.items() if cell.loss.diverged]
-            axes.plot(
-                crosses,
-                [0.97 - 0.04 * number] * len(crosses),
-                "x",
-                color=f"C{number}",
-                transform=axes.get_xaxis_transform(),
-            )
-        axes.set(xscale="log", yscale="log", title=f"rho {weight:g}", xlabel="rate", ylabel="training loss (nats)")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, form in zip(figure.subplots(1, 2, sharey=True), FORMS.values(), strict=True):
+        for (rollout, label), (color, style) in zip(ROLLOUTS.items(), (("C0", "o-"), ("C3", "s--")), strict=True):
+            mine = [r for r in stability.rows if r[:2] == [form, rollout] and r[3] is not None]
+            axes.plot([r[2] for r in mine], [r[3] for r in mine], style, color=color, label=label)
+            some = [r for r in mine if r[7]]
+            axes.plot([r[2] for r in some], [r[3] for r in some], "x", color=color, markersize=12)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set(title=form, xlabel="rate", ylabel="training loss (nats)")
+        axes.grid(alpha=0.3)
+        axes.legend()
     return figure
 
 

@@ -1,257 +1,361 @@
-"""Fig. 8 of the paper: what the feedback of convolutions looks for, back in image space."""
+"""Fig. 8 of the paper: to which change of the images the feedback of a convolution responds most."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import curvature
 from ..checkpoint import JSON
-from .page import Findings, Rows, Table
+from ..config_schema import Config
+from ..data import DataSet, network_input
+from ..environment import select_device
+from ..optimizer import GTDDP
+from ..parts import build_model, load_data
+from ..training_step import Precision
+from .bases import BASES, gtddp
+from .page import Cell, Findings, Table
 from .plan import Plan, Settings, config_of, seeds_of
-from .statistics import p_of_pairs
-from .unit import Results, Unit
+from .statistics import Spread
+from .training import trained_run, what_came_of
+from .unit import Result, Results, Unit
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
-    from torch import Tensor
 
-PAIRS: Mapping[str, tuple[tuple[int, int], ...]] = {
+FUNCTION = "gtddp_dist.experiments.fig8:feedback_images"
+PAIRS: Mapping[str, Sequence[tuple[int, int]]] = {
     "digits": ((3, 8), (4, 9), (1, 7)),
     "mnist": ((3, 8), (4, 9), (1, 7)),
     "svhn": ((3, 8), (4, 9), (1, 7)),
-    "cifar10": ((3, 5), (4, 7), (1, 9)),
-    "cifar100": ((11, 35), (47, 52), (3, 42)),
+    "cifar10": ((3, 5), (1, 9), (4, 7)),
+    "cifar100": ((3, 42), (8, 48), (47, 52)),
 }
-"""Data set -> pairs of classes that look alike, by their numbers."""
-SHOWN = 3
-"""Leading eigenvectors."""
-SAMPLES = 16
-"""Images of a pair, half of each class; fewer where the explicit gain would not fit."""
-CONTROLS = 200
-"""Random directions of the state."""
-
-FUNCTION = "gtddp_dist.experiments.fig8:leading_directions"
-RATE = 0.3
-
-
-class Fig8:
-    """Trains by GT-DDP, then looks at one more step on images of two classes."""
-
-    question = (
-        "In the paper's Fig. 8 the leading eigenvectors of the feedback gains of convolutional layers, brought "
-        "back to the image, resemble "
-        "what tells two similar classes apart. Do they here?"
-    )
-    varies = ("optimizer.name", "optimizer.lr", "train.seed", "train.epochs", "schedule.")
-
-    def units(self, plan: Plan, results: Results) -> list[Unit]:
-        return list(_units(plan).values())
-
-    def findings(self, plan: Plan, results: Results) -> Findings:
-        found = {seed: results.of(unit) for seed, unit in _units(plan).items()}
-        rows: Rows = []
-        for pair, number in itertools.product(_pairs(plan), range(SHOWN)):
-            cosines = [_numbers(result, pair, "cosines")[number] for result in found.values()]
-            controls = [_numbers(result, pair, "control")[0] for result in found.values()]
-            shares = [_numbers(result, pair, "shares")[number] for result in found.values()]
-            rows.append(
-                [
-                    _name(pair), number + 1, statistics.fmean(shares), statistics.fmean(cosines), _deviation(cosines),
-                    statistics.fmean(controls), p_of_pairs(cosines, controls),
-                ]
-            )  # fmt: skip
-        columns = {
-            "classes": "", "eigenvector": "d", "share of trace": ".3f", "cosine (size)": ".3f", "deviation": ".3f",
-            "of random directions": ".3f", "p": ".2g",
-        }  # fmt: skip
-        return Findings(
-            setting=(
-                f"GT-DDP-SGD on {plan.data}, {plan.seeds} seeds from 0 on, each trained at rate {RATE:g}; then "
-                "the policies of one more step "
-                f"on images of two classes (at most {SAMPLES}). K_b is the feedback gain of the player after the "
-                "first convolution on "
-                "sample b's state; the eigenvectors are those of the sum of K_b^T K_b over the samples, the "
-                "directions of the state that the player "
-                "answers most. The transposed first convolution brings them back to the image. |cosine|: with "
-                "the difference of the mean "
-                "images of the two classes, both centred. Random directions: the mean over Gaussian directions "
-                "of the state, "
-                "brought back alike. p: Wilcoxon's signed-rank test over the seeds, eigenvector against random."
-            ),
-            conclusion=_conclusion(rows),
-            tables=[Table("", "Resemblance to the difference of the classes", columns, rows)],
-            figures={"": _picture(plan, found[0])},
-            captions={
-                "": "Seed 0. Left: mean images of the classes, and their difference; right: leading eigenvectors in "
-                "image space. Red is positive, blue negative; signs are arbitrary, and turned to the difference's."
-            },
-        )
+"""Data set -> pairs of similar classes: digits; cat and dog, car and lorry, deer and horse; bear and leopard, bicycle
+and motorcycle, maple and oak."""
+PLAYER = 1
+"""The player whose feedback is looked at: the convolution behind the first one."""
+OF_EACH = 8
+"""Samples of each class of a pair."""
+KINDS: Mapping[str, str] = {
+    "trained": "feedback, trained",
+    "start": "feedback, untrained",
+    "gradient": "loss gradient, trained",
+    "random": "difference of random halves",
+}
+"""What is compared with the difference of the classes; the last three are controls."""
+CLEAR = 0.5
 
 
-def _units(plan: Plan) -> dict[int, Unit]:
-    length: Settings = {"train.epochs": 4, **plan.pick({}, {"train.steps": 5})}
-    optimizer: Settings = {"optimizer.name": "gtddp-sgd", "optimizer.lr": RATE}
-    found = {}
-    for seed in seeds_of(plan):
-        settings = plan.settings(optimizer, length, {"train.seed": seed})
-        config_of(settings)
-        arguments = {"settings": settings, "pairs": [list(pair) for pair in _pairs(plan)]}
-        found[seed] = Unit.of(FUNCTION, cast(Mapping[str, JSON], arguments))
-    return found
-
-
-def _pairs(plan: Plan) -> tuple[tuple[int, int], ...]:
-    pairs = PAIRS[plan.data]
-    return plan.pick(pairs, pairs[:1])
-
-
-def leading_directions(arguments: Mapping[str, JSON]) -> dict[str, JSON]:
-    """Trains, and for each pair of classes looks at the feedback gain of the second player."""
-    import torch
-
-    from ..parts import build_model, load_data
-    from ..training_state import load_model_tensors
-    from ..training_step import Precision
-    from .training import trained_run
-
+def feedback_images(arguments: Mapping[str, JSON]) -> dict[str, JSON]:
+    """Trains, and for every pair compares the leading change of image with the difference of the classes."""
     settings = cast(Settings, arguments["settings"])
+    pairs = cast(list[list[int]], arguments["pairs"])
     config = config_of(settings)
-    with trained_run(settings) as (run, _):
-        tensors, _ = run.read_model()
-    precision = Precision(config.train.dtype, torch.device("cpu"))
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
     data = load_data(config)
-    model = build_model(config, data, precision)
-    load_model_tensors(model, tensors, "the trained model")
-    found: dict[str, JSON] = {}
-    generator = torch.Generator().manual_seed(config.train.seed)
-    for pair in cast(list[tuple[int, int]], arguments["pairs"]):
-        chosen = [(data.train_labels == label).nonzero().flatten()[: SAMPLES // 2] for label in pair]
-        means = [data.batch((data.train_labels == label).nonzero().flatten(), 0, 0)[0].mean(0) for label in pair]
-        images, labels = data.batch(torch.cat(chosen), config.train.seed, 0)
-        found[_key(pair)] = _of_pair(copy.deepcopy(model), images, labels, means, generator)
-    return found
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, data, Precision("float64", select_device("cpu")))
+    start = copy.deepcopy(model)
+    with trained_run(settings) as (run, code):
+        found = what_came_of(run, code)
+        if not found["diverged"]:
+            weights, _ = run.read_model()
+            model.load_state_dict({name: w.double() if w.is_floating_point() else w for name, w in weights.items()})
+    means = class_means(data)
+    result: dict[str, JSON] = {"diverged": found["diverged"], "val_accuracy": found["val_accuracy"]}
+    if found["diverged"]:
+        return result
+    return {**result, "pairs": [_of_pair(config, data, means, model, start, a, b) for a, b in pairs]}
+
+
+def class_means(data: DataSet) -> Tensor:
+    """Mean training image of every class, (classes, C, H, W), normalised as a network gets them."""
+    sums, counts = torch.zeros(0), torch.zeros(data.classes, dtype=torch.float64)
+    for first in range(0, len(data.train_labels), 1000):
+        images, labels = _plain(data, torch.arange(first, min(first + 1000, len(data.train_labels))))
+        sums = sums if len(sums) else torch.zeros(data.classes, *images.shape[1:], dtype=torch.float64)
+        sums.index_add_(0, labels, images)
+        counts.index_add_(0, labels, torch.ones(len(labels), dtype=torch.float64))
+    return sums / counts[:, None, None, None]
+
+
+def _plain(data: DataSet, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Training images as they are, without augmentation."""
+    images, labels = replace(data, augment=False).batch(indices, 0, 0)
+    return network_input(images, torch.float64), labels
 
 
 def _of_pair(
-    model: torch.nn.Module, images: Tensor, labels: Tensor, means: list[Tensor], generator: torch.Generator
+    config: Config, data: DataSet, means: Tensor, model: nn.Module, start: nn.Module, a: int, b: int
 ) -> dict[str, JSON]:
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    from .. import GTDDP, curvature
-    from ..inspection import LIMIT
-
-    model.train()
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
-    with torch.no_grad():
-        state = first(images[:1])
-    optimizer = GTDDP(model, curvature.SGD(lr=RATE), inspect=True)
-    player = 1
-    controls = sum(p.numel() for p in optimizer.trajectory.players[player].controls().values())
-    n = state.numel()
-    each = max(1, min(len(images), LIMIT // (controls * n)) // 2)
-    half = len(images) // 2
-    some = torch.cat([torch.arange(each), half + torch.arange(each)])
-    F.cross_entropy(model(images[some]), labels[some]).backward()
-    weight = first.weight.detach().clone()
-    optimizer.step()
-    gain_UBn = optimizer.policy(player).feedback_gain
-    K = gain_UBn.flatten(0, 1)
-    torch.manual_seed(0)  # the method is randomised
-    _, values, vectors = torch.svd_lowrank(K, q=SHOWN + 8, niter=12)
-    squares, directions = values[:SHOWN] ** 2 / K.norm() ** 2, vectors.mT[:SHOWN]
-
-    def in_image(directions: Tensor) -> Tensor:
-        maps = directions.reshape(-1, *state.shape[1:]).to(first.weight)
-        size = (images.shape[2] - 1) % first.stride[0]
-        return F.conv_transpose2d(
-            maps, weight, stride=first.stride, padding=cast(tuple[int, ...], first.padding), output_padding=size
-        ).double()
-
-    def cosine(image: Tensor, other: Tensor) -> float:
-        a, b = image.flatten().double() - image.double().mean(), other.flatten().double() - other.double().mean()
-        return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
-
-    difference = means[0] - means[1]
-    backs = in_image(directions)
-    cosines = [cosine(back, difference) for back in backs]
-    random = in_image(torch.randn(CONTROLS, n, generator=generator, dtype=torch.float64))
-    signed = [back * (1 if value >= 0 else -1) for back, value in zip(backs, cosines, strict=True)]
-    return {
-        "cosines": [abs(value) for value in cosines],
-        "control": [sum(abs(cosine(image, difference)) for image in random) / len(random)],
-        "shares": squares.tolist(),
-        "means": [_listed(image) for image in means],
-        "images": [_listed(image) for image in signed],
+    random = torch.Generator().manual_seed(config.train.seed)
+    members = [torch.nonzero(data.train_labels == each)[:, 0] for each in (a, b)]
+    chosen = torch.cat([each[torch.randperm(len(each), generator=random)[:OF_EACH]] for each in members])
+    images, labels = _plain(data, chosen)
+    everyone, _ = _plain(data, torch.randperm(len(data.train_labels), generator=random)[: 4 * OF_EACH])
+    halves = everyone.chunk(2)
+    gradient = _loss_gradient(model, images, labels)
+    leading = {
+        "trained": leading_image(model, images, labels),
+        "start": leading_image(start, images, labels),
+        "gradient": gradient,
+        "random": halves[0].mean(0) - halves[1].mean(0),
     }
+    found: dict[str, JSON] = {"classes": [a, b]}
+    for kind, image in leading.items():
+        found[kind] = {"cosine": likeness(image, means[a] - means[b]), "rank": rank_of_pair(image, means, a, b)}
+    shown = {"first": means[a], "second": means[b], "difference": means[a] - means[b], **leading}
+    for name in ("first", "second", "difference", "trained", "start"):
+        found[f"{name} image"] = [[float(f"{v:.4g}") for v in row] for row in shown[name].mean(0).tolist()]
+    return found
 
 
-def _listed(image: Tensor) -> JSON:
-    """One grey image, of the mean over channels."""
-    return cast(JSON, [[float(f"{value:.4g}") for value in row] for row in image.double().mean(0).tolist()])
+def leading_image(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The unit change of image (C, H, W), common to all samples, to which the feedback of PLAYER responds most.
+
+    It is the first right singular vector of sum_b K_b J_b, with K the player's feedback gain on the state of sample b
+    (the paper's options, in SGD's metric), and J the Jacobian of that state by the images.
+    """
+    own = copy.deepcopy(model)
+    torch.func.replace_all_batch_norm_modules_(own)  # running statistics cannot be updated under vmap
+    own.train()
+    optimizer = GTDDP.paper(own, curvature.SGD(lr=BASES["sgd"]), inspect=True, rollout="linear")
+    before = copy.deepcopy(own.state_dict())
+    F.cross_entropy(own(images), labels).backward()
+    optimizer.step()
+    K_UBn = optimizer.policy(PLAYER).feedback_gain
+    own.load_state_dict(before)
+    stages = optimizer.trajectory.stages[:PLAYER]
+
+    def state(x: Tensor) -> Tensor:
+        live: tuple[object, ...] = (x,)
+        for stage in stages:
+            live = stage.run(live)
+        return torch.cat([part.flatten(1) for part in live if isinstance(part, Tensor)], dim=1)
+
+    pull_back = cast(Callable[[Tensor], tuple[Tensor]], torch.func.vjp(state, images)[1])
+    response = torch.func.vmap(lambda row: pull_back(row)[0].sum(0), chunk_size=64)(K_UBn)
+    _, _, right = torch.linalg.svd(response.detach().flatten(1), full_matrices=False)
+    image: Tensor = right[0].view(images.shape[1:])
+    return image
 
 
-def _key(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}-{pair[1]}"
+def _loss_gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """That of the loss of telling the first class from the second: by a change of image common to all samples."""
+    own = copy.deepcopy(model).train()
+    x = images.clone().requires_grad_()
+    F.cross_entropy(own(x), labels).backward()
+    assert x.grad is not None
+    return x.grad.sum(0)
 
 
-def _name(pair: tuple[int, int]) -> str:
-    return f"{pair[0]} and {pair[1]}"
+def likeness(image: Tensor, other: Tensor) -> float:
+    """|cosine| of the angle between two images."""
+    return float(F.cosine_similarity(image.flatten(), other.flatten(), dim=0).abs())
 
 
-def _numbers(result: Mapping[str, JSON], pair: tuple[int, int], name: str) -> list[float]:
-    return cast(list[float], cast(Mapping[str, JSON], result[_key(pair)])[name])
+def rank_of_pair(image: Tensor, means: Tensor, a: int, b: int) -> int:
+    """The place, from 1 on, of classes a and b among all pairs by the likeness of their difference to the image."""
+    own = likeness(image, means[a] - means[b])
+    others = itertools.combinations(range(len(means)), 2)
+    return 1 + sum(likeness(image, means[c] - means[d]) > own for c, d in others if {c, d} != {a, b})
 
 
-def _deviation(values: list[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
+class Fig8:
+    """Pairs of similar classes, the trained network and three controls."""
 
+    question = (
+        "In its Fig. 8 the paper projects leading eigenvectors of the feedback policies of convolutions back to "
+        "images: "
+        "the change of image to which the update of the weights responds most. It is said to show what tells similar "
+        "classes apart, such as 3 and 8. Does it resemble the difference of the classes' mean images, more than the "
+        "differences of other classes, and more than controls do?"
+    )
+    varies = (
+        "model.name", "model.width", "model.blocks", "model.channels", "optimizer.", "schedule.", "train.seed",
+        "train.steps", "train.epochs",
+    )  # fmt: skip
 
-def _conclusion(rows: Rows) -> str:
-    sentences = []
-    for row in (row for row in rows if row[1] == 1):
-        mean, control, p = cast(float, row[3]), cast(float, row[5]), row[6]
-        sure = isinstance(p, float) and p < 0.05
-        told = (
-            f"{row[0]}: size of the cosine for the leading eigenvector {mean:.3f}, for random directions {control:.3f}"
+    def units(self, plan: Plan, results: Results) -> list[Unit]:
+        length: Settings = {"train.steps": 3} if plan.quick else {"train.epochs": 4}
+        network: Settings = {
+            "model.name": "small-resnet",
+            "model.blocks": 1,
+            "model.width": plan.pick(4, 2),
+            "model.channels": None,
+        }
+        pairs: list[JSON] = [list[JSON](pair) for pair in PAIRS[plan.data]]
+        return [
+            Unit.of(
+                FUNCTION,
+                {
+                    "settings": plan.settings(network, gtddp("sgd", BASES["sgd"]), length, {"train.seed": seed}),
+                    "pairs": pairs,
+                },
+            )
+            for seed in seeds_of(plan)
+        ]
+
+    def findings(self, plan: Plan, results: Results) -> Findings:
+        found = [results.of(unit) for unit in self.units(plan, results)]
+        good = [each for each in found if not each["diverged"]]
+        rows, runs = _rows(PAIRS[plan.data], good), _runs(good)
+        accuracies = [None if each["diverged"] else 100 * cast(float, each["val_accuracy"]) for each in found]
+        summary = _summary(runs, Spread.of(accuracies))
+        images = _images(good)
+        return Findings(
+            setting=self._setting(plan),
+            conclusion=_conclusion(summary),
+            tables=[
+                Table(
+                    "",
+                    "Likeness to the difference of the classes",
+                    {
+                        "classes": "", "image": "", "|cosine|": ".3f", "deviation": ".3f", "mean rank": ".1f",
+                        "seeds": "d", "diverged": "d",
+                    },
+                    [[*row, len(found) - len(good)] for row in rows],
+                ),
+                summary,
+                Table("seeds", "Every seed", _RUNS, runs, on_page=False),
+                images,
+            ],
+            figures={"": _picture(good)},
+            captions={
+                "": "Seed 0: mean images of two classes, their difference, and the change of image to which the "
+                "feedback "
+                "responds most, after training and before; signs are arbitrary there, and turned towards the "
+                "difference. Channels are averaged; each image over its largest entry, 0 is grey in the last three."
+            },
+        )  # fmt: skip
+
+    def _setting(self, plan: Plan) -> str:
+        pairs = ", ".join(f"{a}/{b}" for a, b in PAIRS[plan.data])
+        return (
+            f"Data set {plan.data}; `small-resnet` with one block of width {plan.pick(4, 2)}, trained with gtddp-sgd "
+            "at "
+            f"rate {BASES['sgd']:g} for {'3 steps' if plan.quick else '4 epochs'}; {plan.seeds} seeds; pairs "
+            f"{pairs}, a "
+            f"batch of {OF_EACH} samples of each. K is the feedback gain of the second convolution, with the paper's "
+            "options in SGD's metric; the image is the first right singular vector of sum_b K_b J_b, J_b the Jacobian "
+            "of the state by sample b's image: the unit change, common to all samples, that changes the control most. "
+            "Beside it: the same before training; the gradient of the batch's loss by such a change; the difference "
+            "of the means of two random halves of samples of all classes. The rank is that of the pair's own "
+            "difference "
+            "among those of all pairs of classes, by |cosine|; 1 is the best."
         )
-        if isinstance(p, float):
-            told += f" (p = {p:.2g})"
-        verdict = "it resembles the difference" if mean > control and sure else "no resemblance was shown"
-        sentences.append(f"{told}: {verdict}.")
-    return " ".join(sentences)
 
 
-def _picture(plan: Plan, result: Mapping[str, JSON]) -> Figure:
+_RUNS = {"classes": "", "seed": "d", "image": "", "|cosine|": ".3f", "rank": "d"}
+
+
+def _members(found: Sequence[Result]) -> list[list[Mapping[str, JSON]]]:
+    return [cast(list[Mapping[str, JSON]], each["pairs"]) for each in found]
+
+
+def _runs(found: Sequence[Result]) -> list[list[Cell]]:
+    return [
+        [_name(pair), seed, label, *(cast(Mapping[str, float], pair[kind])[each] for each in ("cosine", "rank"))]
+        for seed, pairs in enumerate(_members(found))
+        for pair in pairs
+        for kind, label in KINDS.items()
+    ]
+
+
+def _name(pair: Mapping[str, JSON]) -> str:
+    a, b = cast(list[int], pair["classes"])
+    return f"{a}/{b}"
+
+
+def _rows(pairs: Sequence[tuple[int, int]], found: Sequence[Result]) -> list[list[Cell]]:
+    runs = _runs(found)
+    rows: list[list[Cell]] = []
+    for (a, b), label in itertools.product(pairs, KINDS.values()):
+        mine = [run for run in runs if run[0] == f"{a}/{b}" and run[2] == label]
+        cosine = Spread.of([cast(float, run[3]) for run in mine])
+        rank = Spread.of([cast(float, run[4]) for run in mine])
+        rows.append([f"{a}/{b}", label, cosine.mean, cosine.deviation, rank.mean, len(mine)])
+    return rows
+
+
+def _summary(runs: Sequence[Sequence[Cell]], accuracy: Spread) -> Table:
+    columns = {
+        "image": "", "mean |cosine|": ".3f", "median rank": ".1f", "own pair is first": "d", "of": "d",
+        "validation accuracy (%)": ".1f",
+    }  # fmt: skip
+    rows: list[list[Cell]] = []
+    for label in KINDS.values():
+        mine = [run for run in runs if run[2] == label]
+        if mine:
+            ranks = [cast(int, run[4]) for run in mine]
+            cosine = statistics.fmean(cast(float, run[3]) for run in mine)
+            rows.append([label, cosine, statistics.median(ranks), ranks.count(1), len(mine), accuracy.mean])
+    return Table("summary", "Over all pairs and seeds", columns, rows)
+
+
+def _conclusion(summary: Table) -> str:
+    if not summary.rows:
+        return "Every training diverged: nothing can be said."
+    ours, *controls = summary.rows
+    cosine, rank = cast(float, ours[1]), cast(float, ours[2])
+    best = max(controls, key=lambda row: cast(float, row[1]))
+    more = cosine > cast(float, best[1])
+    holds = more and cosine > CLEAR and rank == 1
+    return (
+        f"The claim {'holds' if holds else 'does not hold'}, taken as: the mean |cosine| with the difference of the "
+        f"classes is above {CLEAR:g} and above that of every control, and the own pair comes first for most. It is "
+        f"{cosine:.3f}, the median rank {rank:.1f}, and the own pair comes first in {ours[3]} of {ours[4]} cases; the "
+        f"control nearest to the difference is '{best[0]}' with {cast(float, best[1]):.3f}. With the paper's options "
+        "every "
+        "K_b has rank one, and its right singular vector is sample b's own loss gradient by the state: the pictures "
+        "show gradients, weighted over samples."
+    )
+
+
+_SHOWN = ("first", "second", "difference", "trained", "start")
+
+
+def _images(found: Sequence[Result]) -> Table:
+    columns = {"classes": "", "image": "", "row": "d", "column": "d", "value": ""}
+    rows: list[list[Cell]] = [
+        [_name(pair), name, i, j, value]
+        for pair in (_members(found)[0] if found else [])
+        for name in _SHOWN
+        for i, line in enumerate(cast(list[list[float]], pair[f"{name} image"]))
+        for j, value in enumerate(line)
+    ]
+    return Table("images", "The pictured images", columns, rows, on_page=False)
+
+
+def _picture(found: Sequence[Result]) -> Figure:
     from matplotlib.figure import Figure
 
-    pairs = _pairs(plan)
-    figure = Figure(figsize=(1.75 * (3 + SHOWN) + 0.4, 1.95 * len(pairs)), layout="constrained")
-    panels = figure.subplots(len(pairs), 3 + SHOWN, squeeze=False)
-    for row, pair in zip(panels, pairs, strict=True):
-        part = cast(Mapping[str, list[list[list[float]]]], result[_key(pair)])
-        first, second = part["means"]
-        difference = [[a - b for a, b in zip(x, y, strict=True)] for x, y in zip(first, second, strict=True)]
-        cosines = _numbers(result, pair, "cosines")
-        shown = [
-            (f"mean of {pair[0]}", first, "gray"),
-            (f"mean of {pair[1]}", second, "gray"),
-            ("difference", difference, "RdBu_r"),
-            *(
-                (f"eigenvector {number + 1}\ncosine {cosines[number]:.2f}", image, "RdBu_r")
-                for number, image in enumerate(part["images"])
-            ),
-        ]
-        for axes, (title, image, colours) in zip(row, shown, strict=True):
-            limit = max(abs(value) for line in image for value in line) or 1.0
-            low = -limit if colours == "RdBu_r" else min(value for line in image for value in line)
-            axes.imshow(image, cmap=colours, vmin=low, vmax=limit)
-            axes.set_title(title, fontsize=9)
+    pairs = _members(found)[0] if found else []
+    figure = Figure(figsize=(11, 2.3 * max(1, len(pairs)) + 0.4), layout="constrained")
+    for row, pair in zip(figure.subplots(max(1, len(pairs)), 5, squeeze=False), pairs, strict=False):
+        a, b = cast(list[int], pair["classes"])
+        titles = (f"mean of {a}", f"mean of {b}", f"{a} less {b}", "feedback, trained", "feedback, untrained")
+        difference = torch.tensor(cast(list[list[float]], pair["difference image"]))
+        for axes, name, title in zip(row, _SHOWN, titles, strict=True):
+            image = torch.tensor(cast(list[list[float]], pair[f"{name} image"]))
+            if name in KINDS:
+                image = image * (1 if float((image * difference).sum()) >= 0 else -1)
+                title = f"{title}\n|cosine| {cast(Mapping[str, float], pair[name])['cosine']:.2f}"
+            signed = name not in ("first", "second")
+            bound = float(image.abs().max()) or 1.0
+            low = -bound if signed else float(image.min())
+            axes.imshow(image.numpy(), cmap="gray", vmin=low, vmax=bound, interpolation="nearest")
+            axes.set_title(title, fontsize=10)
             axes.set_xticks([])
             axes.set_yticks([])
     return figure

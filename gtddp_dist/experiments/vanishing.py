@@ -1,324 +1,351 @@
-"""Vanishing gradients: norms by layer in a deep net of sigmoid or tanh, base against GT-DDP."""
+"""Vanishing gradients: their norms by layer in a deep net of sigmoids or tanhs, base against GT-DDP."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import curvature
 from ..checkpoint import JSON
-from .cell import TRAINS_SHARE, Cell, runs_table
-from .page import Findings, Rows, Table
+from ..data import network_input
+from ..data.batches import BatchOrder
+from ..environment import select_device
+from ..optimizer import GTDDP
+from ..parts import build_model, load_data
+from ..training_step import Precision
+from .bases import BASES, NAMES, base, gtddp
+from .page import Cell, Findings, Table
 from .plan import Plan, Settings, config_of, seeds_of
-from .training import trained_run, what_came_of
+from .statistics import Spread, p_of_pairs
+from .training import Trained, trained_run, what_came_of
 from .unit import Result, Results, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FUNCTION = "gtddp_dist.experiments.vanishing:train_and_look"
-ACTIVATIONS = ("sigmoid", "tanh")
-OPTIMIZERS: Mapping[str, tuple[str, tuple[float, ...]]] = {
-    "sgd": ("SGD", (0.1, 0.5, 2.0)),
-    "gtddp-sgd": ("GT-DDP on SGD", (0.1, 0.5, 2.0)),
-    "adam": ("Adam", (0.001, 0.004, 0.016)),
-    "gtddp-adam": ("GT-DDP on Adam", (0.001, 0.004, 0.016)),
-}
-"""Optimizer -> name and rates, the same for a base and for GT-DDP on it."""
-BLOCKS = 5
-WIDTH = 8
-NETWORK: Settings = {
-    "model.name": "plain-net",
-    "model.blocks": BLOCKS,
-    "model.width": WIDTH,
-    "model.channels": [WIDTH] * BLOCKS,
-    "model.batch_norm": False,
-}
-_LOOKED_AT = 16
-"""Samples that norms are taken on."""
+FUNCTION = "gtddp_dist.experiments.vanishing:train_and_probe"
+BLOCKS, WIDTH = 4, 8
+ACTIVATIONS = ("tanh", "sigmoid")
+ON = ("sgd", "adam")
+NETS: Mapping[str, str] = {"plain-net": "without shortcuts", "small-resnet": "with shortcuts"}
+VARIANTS: Mapping[str, str] = {"base": "base", "ddpnopt": "DDPNOpt", "gtddp": "GT-DDP"}
+KINDS: Mapping[str, str] = {"g": "|g|", "paper": "|Q_u|, Q_uu = R, rho = 1/B", "default": "|Q_u|, proximal, rho = 0.1"}
+SIGNIFICANT = 0.05
+FACTOR = 10.0
+"""How many times less Q_u is to vanish than g for the claim to hold."""
 
-Key = tuple[str, str, float]
-"""Activation, optimizer, rate."""
+
+@dataclass(frozen=True)
+class Case:
+    """A network, its non-linearity, and what trains it."""
+
+    net: str
+    activation: str
+    base: str
+    variant: str
+
+    def settings(self) -> tuple[Settings, Settings]:
+        """Network and optimizer."""
+        network: Settings = {
+            "model.name": self.net,
+            "model.blocks": BLOCKS,
+            "model.width": WIDTH,
+            "model.channels": [WIDTH] * BLOCKS,
+            "model.batch_norm": False,
+            "model.activation": self.activation,
+        }
+        rate = BASES[self.base]
+        match self.variant:
+            case "base":
+                return network, base(self.base, rate)
+            case "gtddp":
+                return network, gtddp(self.base, rate)
+            case _:
+                return network, {**base(f"ddpnopt-{self.base}", rate), "optimizer.gauss_newton_weight": "1/B"}
+
+
+CASES = [
+    Case(net, activation, on, variant)
+    for net, activation, on, variant in itertools.product(NETS, ACTIVATIONS, ON, VARIANTS)
+    if net == "plain-net" or (on == "adam" and variant != "ddpnopt")
+]
+
+
+def train_and_probe(settings: Settings) -> dict[str, JSON]:
+    """A training, as `training.train_once` has it, and the norms by layer before and after it."""
+    config = config_of(settings)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    precision = Precision("float64", select_device("cpu"))
+    data = load_data(config)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, data, precision)
+    order = BatchOrder(len(data.train_labels), config.train.batch_size, config.train.seed)
+    images, labels = data.batch(order.batch_indices(0), config.train.seed, 0)
+    images = network_input(images, torch.float64)
+    start = probe(model, images, labels)
+    with trained_run(settings) as (run, code):
+        found = what_came_of(run, code)
+        end = None
+        if not found["diverged"]:
+            weights, _ = run.read_model()
+            model.load_state_dict({name: value.double() for name, value in weights.items()})
+            end = probe(model, images, labels)
+    return {**found, "start": start, "end": end}
+
+
+def probe(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, JSON]:
+    """Norm of every player's mean gradient g and of its Q_u = F_u^T V_z', in SGD's metric; networks without BatchNorm.
+
+    V_z' is what the sweep carries: sample b's own derivative times 1/B + c_b.
+    """
+    B = len(labels)
+    losses = F.cross_entropy(model(images), labels, reduction="none")
+    names: list[str] = []
+    found: dict[str, list[JSON]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        own = copy.deepcopy(model)
+        optimizer = GTDDP(
+            own,
+            curvature.SGD(lr=BASES["sgd"]),
+            inspect=True,
+            gauss_newton_weight="1/B" if kind == "paper" else 0.1,
+            control_hessian="replace" if kind == "paper" else "proximal",
+            value_hessian="block_diagonal" if kind == "paper" else "batch",
+            replace_guard=False,
+        )
+        F.cross_entropy(own(images), labels).backward()
+        optimizer.step()
+        players = optimizer.trajectory.players
+        names = [next(iter(player.modules)).removesuffix(".conv") for player in players]
+        parameters = dict(model.named_parameters())
+        for player in players:
+            beyond = torch.zeros(B) if kind == "g" else optimizer.sample_value(player.index + 1).slope
+            controls = [parameters[name] for name in player.controls()]
+            slopes = torch.autograd.grad(losses @ (1 / B + beyond).to(losses), controls, retain_graph=True)
+            norm = float(torch.cat([slope.flatten() for slope in slopes]).norm())
+            found[kind].append(norm if math.isfinite(norm) else None)
+    return {"layers": cast(list[JSON], names), **{kind: norms for kind, norms in found.items()}}
 
 
 class Vanishing:
-    """Norms of the loss gradient and of the open gain at the start and at the end, and how far training came."""
+    """Trainings of deep nets, and norms by layer before and after."""
 
     question = (
-        "DDPNOpt's paper says that value derivatives counter the vanishing of gradients in deep nets of "
-        "saturating units. How "
-        "large are, layer by layer, the gradient g and the open gain k over the rate, which is -g for SGD and "
-        "with GT-DDP what "
-        "the value derivatives make of it? And which nets train?"
+        "DDPNOpt's authors say that updates made of the value function suffer less from vanishing gradients than "
+        "the gradient does. How fast do gradients shrink from the last layer to the first in a deep net of sigmoids or "
+        "tanhs, does Q_u, the derivative of the value function by a layer's weights, shrink less, and who trains?"
     )
-    varies = ("optimizer.name", "optimizer.lr", "model.", "train.seed", "train.epochs", "schedule.")
+    varies = (
+        "model.name", "model.blocks", "model.width", "model.channels", "model.batch_norm", "model.activation",
+        "optimizer.name", "optimizer.lr", "optimizer.gauss_newton_weight", "train.seed", "schedule.",
+    )  # fmt: skip
 
     def units(self, plan: Plan, results: Results) -> list[Unit]:
-        return [unit for units in _cells(plan).values() for unit in units]
+        return [unit for units in self.cells(plan).values() for unit in units]
+
+    def cells(self, plan: Plan) -> dict[Case, list[Unit]]:
+        """Case -> its trainings, by seed."""
+        length: Settings = {"train.steps": 2, "log.every": 1} if plan.quick else {"train.epochs": 3}
+        cases = [c for c in CASES if c.variant != "gtddp" and c.base == "sgd"] if plan.quick else CASES
+        found = {}
+        for case in cases:
+            settings = [plan.settings(*case.settings(), {"train.seed": seed}, length) for seed in seeds_of(plan)]
+            found[case] = [Unit.of(FUNCTION, each) for each in settings]
+        return found
 
     def findings(self, plan: Plan, results: Results) -> Findings:
-        units = _cells(plan)
-        found = {key: Cell.of(each, results) for key, each in units.items()}
-        best = _best(found)
-        looks = {key: [results.of(unit) for unit in units[key]] for key in best.values()}
-        layers = cast(list[str], looks[next(iter(looks))][0]["layers"])
-        norms: Rows = [
-            [
-                key[0],
-                OPTIMIZERS[key[1]][0],
-                key[2],
-                time,
-                layer,
-                *(_mean_norm(looks[key], time, kind, at) for kind in _KINDS),
-            ]
-            for key in looks
-            for time in ("start", "end")
-            for at, layer in enumerate(layers)
-        ]
-        summary: Rows = [
-            [
-                *_words(key), cell.loss.mean, cell.loss.deviation, cell.accuracy.mean,
-                100 * cell.share_that_trains, _ratio(looks[key], "start", "gradient"),
-                _ratio(looks[key], "start", "value"), _ratio(looks[key], "end", "gradient"),
-                _ratio(looks[key], "end", "value"),
-            ]
-            for key, cell in ((key, found[key]) for key in best.values())
-        ]  # fmt: skip
-        columns = {
-            "activation": "", "optimizer": "", "best rate": "g", "train loss": ".4f", "deviation": ".4f",
-            "validation accuracy (%)": ".2f", "train (%)": ".0f", "g: first/last, start": ".2g",
-            "k: first/last, start": ".2g", "g: first/last, end": ".2g", "k: first/last, end": ".2g",
-        }  # fmt: skip
-        everything: Rows = [
-            [*_words(key), cell.loss.mean, cell.loss.diverged, 100 * cell.share_that_trains]
-            for key, cell in found.items()
-        ]
-        first = next(iter(found.values())).runs[0]
+        raw = {case: [results.of(unit) for unit in units] for case, units in self.cells(plan).items()}
+        runs = {case: [Trained(unit, results.of(unit)) for unit in units] for case, units in self.cells(plan).items()}
+        losses, layers = _losses(runs), _layers(raw)
+        ratios = _ratios(layers)
         return Findings(
-            setting=(
-                f"plain-net of {len(layers)} layers ({2 * BLOCKS + 1} convolutions of {WIDTH} channels, two "
-                "linear layers; no shortcuts, no "
-                f"normalisation) on {plan.data}, {first.steps} steps of {first.config.train.batch_size} samples, "
-                f"{plan.seeds} seeds from 0 on, "
-                f"constant rates. A rate trains where {TRAINS_SHARE:.0%} of the seeds come below half the loss of "
-                "guessing. Norms are taken on "
-                f"{_LOOKED_AT} training samples, with SGD's metric at the best rate: the loss gradient g, "
-                "and the open gain k over the rate "
-                "with the default options. first/last: the norm at the first layer over that at the last."
-            ),
-            conclusion=_conclusion(summary),
-            tables=[
-                Table("", "Each at its best rate", columns, summary),
-                Table(
-                    "rates",
-                    "All rates",
-                    {
-                        "activation": "", "optimizer": "", "rate": "g", "train loss": ".4f", "diverged": "d",
-                        "train (%)": ".0f",
-                    },
-                    everything,
-                ),
-                Table(
-                    "norms",
-                    "Norms by layer, means over the seeds",
-                    {
-                        "activation": "", "optimizer": "", "rate": "g", "when": "", "layer": "", "g": ".3g",
-                        "k / rate": ".3g",
-                    },
-                    norms,
-                    on_page=False,
-                ),
-                runs_table(("activation", "optimizer", "rate"), found.items()),
-            ],
-            figures={"norms": _picture_norms(best, looks, layers), "curves": _picture_curves(best, found)},
+            setting=_setting(plan),
+            conclusion=_conclusion(losses, ratios),
+            tables=[losses, ratios, layers, _curves(runs)],
+            figures={"": _norms_picture(layers), "curves": _curves_picture(runs)},
             captions={
-                "norms": "Norm of the gradient (solid) and of the open gain over the rate (dashed) by layer, at the "
-                "start (grey) and after training, each optimizer at its best rate; means over the seeds.",
-                "curves": "Mean training loss over the seeds, each optimizer at its best rate.",
+                "": "Norms by layer, geometric means over seeds; solid: at the start; dotted: after training with the "
+                "base (SGD; with shortcuts Adam). Where only one line is seen, Q_u has the norm of g.",
+                "curves": "Training loss, mean over the seeds that stayed finite (networks without shortcuts).",
             },
-        )  # fmt: skip
-
-
-_KINDS = ("gradient", "value")
-
-
-def _cells(plan: Plan) -> dict[Key, list[Unit]]:
-    length: Settings = {"train.epochs": 4, **plan.pick({}, {"train.steps": 4, "log.every": 1})}
-    small: Settings = plan.pick({}, {"model.blocks": 2, "model.channels": [WIDTH] * 2})
-    found: dict[Key, list[Unit]] = {}
-    for activation, (name, (_, rates)) in itertools.product(ACTIVATIONS, OPTIMIZERS.items()):
-        if plan.quick and name.endswith("adam"):
-            continue
-        for rate in plan.pick(rates, rates[:1]):
-            optimizer: Settings = {"model.activation": activation, "optimizer.name": name, "optimizer.lr": rate}
-            units = []
-            for seed in seeds_of(plan):
-                settings = plan.settings(NETWORK, optimizer, length, small, {"train.seed": seed})
-                config_of(settings)
-                units.append(Unit.of(FUNCTION, cast(Mapping[str, JSON], settings)))
-            found[activation, name, rate] = units
-    return found
-
-
-def train_and_look(settings: Settings) -> dict[str, JSON]:
-    """What a training came to, with the norms by layer before and after it."""
-    import torch
-
-    from ..parts import build, build_model
-    from ..training_state import load_model_tensors
-
-    config = config_of(settings)
-    with trained_run(settings) as (run, code):
-        came = what_came_of(run, code)
-        tensors, _ = run.read_model() if run.model_file.exists() else ({}, 0)
-    parts = build(config)
-    images, labels = parts.data.batch(torch.arange(_LOOKED_AT), config.train.seed, 0)
-    torch.manual_seed(config.train.seed)
-    model = build_model(config, parts.data, parts.precision)
-    rate = cast(float, config.optimizer.lr)
-    came["start"] = cast(JSON, _norms(model, images, labels, rate))
-    came["layers"] = cast(JSON, [name for name, parameter in model.named_parameters() if name.endswith("weight")])
-    if tensors:
-        load_model_tensors(model, tensors, "the trained model")
-        came["end"] = cast(JSON, _norms(model, images, labels, rate))
-    else:
-        came["end"] = None
-    return came
-
-
-def _norms(model, images, labels, rate: float) -> dict[str, list[float | None]]:  # type: ignore[no-untyped-def]
-    """By player: the norm of the mean gradient, and of the open gain over the rate; the model stays as it is."""
-    import copy
-
-    import torch
-    from torch.nn import functional as F
-
-    from .. import GTDDP, curvature
-
-    model = copy.deepcopy(model).train()
-    optimizer = GTDDP(model, curvature.SGD(lr=rate), inspect=True)
-    F.cross_entropy(model(images), labels).backward()
-    players = optimizer.trajectory.players
-    gradients = [
-        torch.cat([cast(torch.Tensor, p.grad).flatten() for p in player.controls().values()]).norm()
-        for player in players
-    ]
-    optimizer.step()
-    # k = -R^-1 g for the base, R = I / rate.
-    values = [optimizer.policy(index).open_gain.norm() / rate for index in range(len(players))]
-    return {
-        "gradient": [_finite(float(value)) for value in gradients],
-        "value": [_finite(float(value)) for value in values],
-    }
-
-
-def _words(key: Key) -> tuple[str, str, float]:
-    return key[0], OPTIMIZERS[key[1]][0], key[2]
-
-
-def _finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if value < float("inf") else None
-
-
-def _norm(result: Result, time: str, kind: str, layer: int) -> float | None:
-    norms = cast(Mapping[str, Sequence[float | None]] | None, result[time])
-    return None if norms is None else norms[kind][layer]
-
-
-def _mean_norm(results: Sequence[Result], time: str, kind: str, layer: int) -> float | None:
-    values = [value for result in results if (value := _norm(result, time, kind, layer)) is not None]
-    return statistics.fmean(values) if values else None
-
-
-def _ratio(results: Sequence[Result], time: str, kind: str) -> float | None:
-    first, last = (_mean_norm(results, time, kind, layer) for layer in (0, -1))
-    return None if first is None or not last else first / last
-
-
-def _best(found: Mapping[Key, Cell]) -> dict[tuple[str, str], Key]:
-    """Activation and optimizer -> the key with the rate that did best."""
-    best: dict[tuple[str, str], Key] = {}
-    for key, cell in found.items():
-        pair = key[:2]
-        if pair not in best or cell.rank < found[best[pair]].rank:
-            best[pair] = key
-    return best
-
-
-def _conclusion(summary: Rows) -> str:
-    sentences = []
-    for activation in ACTIVATIONS:
-        rows = [row for row in summary if row[0] == activation]
-        trained = [f"{row[1]} ({row[6]:.0f} %)" for row in rows if cast(float, row[6]) > 0]
-        g, value = rows[0][7], rows[0][8]
-        shrink = "norms were not finite"
-        if isinstance(g, float) and isinstance(value, float):
-            shrink = f"at the start the first layer's gradient is {g:.2g} of the last's, its open gain {value:.2g}"
-        sentences.append(
-            f"{activation}: {shrink}; of the seeds train, at the best rate: {', '.join(trained) or 'none'}."
         )
-    ratios = [(row[i], row[i + 1]) for row in summary for i in (7, 9)]
-    pairs = [(g, value) for g, value in ratios if isinstance(g, float) and isinstance(value, float)]
-    smaller = sum(value <= 1.05 * g for g, value in pairs)
-    sentences.append(
-        f"In {smaller} of {len(pairs)} cases the open gain decays towards the input at least as fast as the gradient."
+
+
+def _setting(plan: Plan) -> str:
+    layers = 1 + 2 * BLOCKS
+    return (
+        f"Data set {plan.data}; {layers} convolutions of {WIDTH} channels and two linear layers; {plan.seeds} seeds; "
+        f"{'2 steps' if plan.quick else '3 epochs'}; shared rates, "
+        f"{', '.join(f'{NAMES[on]} {BASES[on]:g}' for on in ON)}. With shortcuts: the same layers in `small-resnet`. "
+        "Norms are those on the first batch, in float64, of a layer's weights and bias together; Q_u = F_u' V_z' by "
+        "gtddp's sweep in SGD's metric (identity over the rate), with the paper's options and with the defaults. A run "
+        "trains where its loss in the last epoch is below half of that of guessing."
     )
-    if 2 * smaller > len(pairs):
-        sentences.append(
-            "So value derivatives do not counter the vanishing here. In sample space they are the per-sample "
-            "gradients weighted anew, "
-            "and the recursion makes the weights smaller towards the input. Where GT-DDP trains what its base "
-            "does not, the "
-            "reason is the rate that it can take."
-        )
-    return " ".join(sentences)
 
 
-def _listed(words: Sequence[str]) -> str:
-    return ", ".join(words) or "none"
+def _losses(runs: Mapping[Case, Sequence[Trained]]) -> Table:
+    columns = {
+        "network": "", "activation": "", "base": "", "optimizer": "", "train loss": ".4f", "deviation": ".4f",
+        "validation accuracy (%)": ".1f", "trains": "d", "of": "d", "diverged": "d", "p against base": ".2g",
+    }  # fmt: skip
+    rows: list[list[Cell]] = []
+    for case, members in runs.items():
+        own = [run.train_loss for run in members]
+        loss, accuracy = Spread.of(own), Spread.of([run.val_accuracy for run in members])
+        alone = [run.train_loss for run in runs[Case(case.net, case.activation, case.base, "base")]]
+        p = None if case.variant == "base" else p_of_pairs(own, alone)
+        rows.append(
+            [
+                NETS[case.net], case.activation, NAMES[case.base], VARIANTS[case.variant], loss.mean, loss.deviation,
+                accuracy.mean, sum(run.trains for run in members), len(members), loss.diverged, p,
+            ]
+        )  # fmt: skip
+    return Table("", "Who trains", columns, rows)
 
 
-def _picture_norms(
-    best: Mapping[tuple[str, str], Key], looks: Mapping[Key, Sequence[Result]], layers: Sequence[str]
-) -> Figure:
+def _layers(raw: Mapping[Case, Sequence[Result]]) -> Table:
+    columns = {"network": "", "activation": "", "trained with": "", "layer": "", "number": "d"}
+    rows: list[list[Cell]] = []
+    for case, members in raw.items():
+        for when in ("start", "end"):
+            if when == "start" and case != _first_of(raw, case):
+                continue  # all variants begin with the same weights
+            probes = [cast(Mapping[str, list[JSON]], each[when]) for each in members if each[when] is not None]
+            trained = "" if when == "start" else f"{NAMES[case.base]}, {VARIANTS[case.variant]}"
+            for number, layer in enumerate(probes[0]["layers"] if probes else []):
+                means = [_geometric([probe[kind][number] for probe in probes]) for kind in KINDS]
+                rows.append([NETS[case.net], case.activation, trained, str(layer), number, *means])
+    return Table("layers", "Norms by layer", columns | dict.fromkeys(KINDS.values(), ".3g"), rows, on_page=False)
+
+
+def _first_of(raw: Mapping[Case, object], case: Case) -> Case:
+    return next(each for each in raw if (each.net, each.activation) == (case.net, case.activation))
+
+
+def _geometric(values: Sequence[JSON]) -> float | None:
+    """The geometric mean of those that are numbers above zero."""
+    found = [float(value) for value in values if isinstance(value, int | float) and value > 0]
+    return statistics.geometric_mean(found) if found else None
+
+
+def _ratios(layers: Table) -> Table:
+    """First convolution's norm over the last one's."""
+    columns = {"network": "", "activation": "", "trained with": "", "|g| of the first convolution": ".2g"}
+    columns |= {f"first over last: {kind}": ".2g" for kind in KINDS.values()}
+    columns |= {"|Q_u| over |g|, first, Q_uu = R": ".3f", "the same, proximal": ".3f"}
+    rows: list[list[Cell]] = []
+    for key, group in itertools.groupby(layers.rows, key=lambda row: tuple(row[:3])):
+        convolutions = [row for row in group if str(row[3]).startswith(("stem", "blocks"))]
+        first, last = ([cast(float, cell) for cell in convolutions[index][5:]] for index in (0, -1))
+        if all(first) and all(last):
+            ratios = [a / b for a, b in zip(first, last, strict=True)]
+            rows.append([*key, first[0], *ratios, first[1] / first[0], first[2] / first[0]])
+    return Table("ratios", "How much is left at the first convolution", columns, rows)
+
+
+def _conclusion(losses: Table, ratios: Table) -> str:
+    said = []
+    for row in ratios.rows:
+        if row[0] == NETS["plain-net"] and row[2] == "":
+            g, paper, default = (cast(float, cell) for cell in row[4:7])
+            less = max(paper, default) >= FACTOR * g
+            said.append(
+                f"With {row[1]} and no shortcuts, at the start, the first convolution's gradient is {g:.2g} times the "
+                f"last one's; for Q_u that is {paper:.2g} (Q_uu = R) and {default:.2g} (proximal): the claim that "
+                f"Q_u vanishes less {'holds' if less else 'does not hold'} (asked: {FACTOR:g} times less)."
+            )
+    pairs = [row for row in losses.rows if row[3] != VARIANTS["base"] and row[0] == NETS["plain-net"]]
+    alone = {tuple(row[:3]): row for row in losses.rows if row[3] == VARIANTS["base"]}
+    lower = [row for row in pairs if _is_lower(row, alone[tuple(row[:3])])]
+    more = [row for row in pairs if cast(int, row[7]) > cast(int, alone[tuple(row[:3])][7])]
+    sure = [row for row in lower if isinstance(row[10], float) and row[10] < SIGNIFICANT]
+    said.append(
+        f"Without shortcuts the mean training loss of DDPNOpt or GT-DDP is lower than its base's in {len(lower)} of "
+        f"{len(pairs)} cases, in {len(sure)} of them with p < {SIGNIFICANT}, and more of its runs train in "
+        f"{len(more)} of them."
+    )
+    return " ".join(said)
+
+
+def _is_lower(row: Sequence[Cell], alone: Sequence[Cell]) -> bool:
+    """More runs stayed finite, or as many with a lower mean loss."""
+    ours, theirs = row[4], alone[4]
+    if row[9] != alone[9] or ours is None or theirs is None:
+        return cast(int, row[9]) < cast(int, alone[9])
+    return cast(float, ours) < cast(float, theirs)
+
+
+def _mean_curve(members: Sequence[Trained]) -> tuple[list[int], list[float]]:
+    finite = [run.curve("train/loss") for run in members if not run.diverged]
+    steps = finite[0][0] if finite else []
+    return steps, [statistics.fmean(losses[i] for _, losses in finite) for i in range(len(steps))]
+
+
+def _curves(runs: Mapping[Case, Sequence[Trained]]) -> Table:
+    columns = {
+        "network": "", "activation": "", "base": "", "optimizer": "", "step": "d", "train loss": ".4f",
+    }  # fmt: skip
+    rows: list[list[Cell]] = [
+        [NETS[case.net], case.activation, NAMES[case.base], VARIANTS[case.variant], step, loss]
+        for case, members in runs.items()
+        for step, loss in zip(*_mean_curve(members), strict=True)
+    ]
+    return Table("curves", "Training loss by step, mean over seeds", columns, rows, on_page=False)
+
+
+def _norms_picture(layers: Table) -> Figure:
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(name for _, name in best))
-    figure = Figure(figsize=(3.6 * len(names) + 0.5, 6.2), layout="constrained")
-    panels = figure.subplots(len(ACTIVATIONS), len(names), squeeze=False, sharex=True, sharey="row")
-    for (row, activation), (column, name) in itertools.product(enumerate(ACTIVATIONS), enumerate(names)):
-        axes, key = panels[row][column], best[activation, name]
-        for time, color in (("start", "0.55"), ("end", "C0")):
-            for kind, style, label in (("gradient", "-", "g"), ("value", "--", "k / rate")):
-                values = [_mean_norm(looks[key], time, kind, at) for at in range(len(layers))]
-                axes.plot(
-                    range(1, len(layers) + 1), values, style, color=color, label=f"{label}, {time}", linewidth=1.5
-                )
-        axes.set(yscale="log", title=f"{activation}, {OPTIMIZERS[name][0]}\nrate {key[2]:g}")
-        axes.grid(alpha=0.25)
-    for axes in panels[-1]:
-        axes.set_xlabel("layer, from the input")
-    for axes in panels[:, 0]:
-        axes.set_ylabel("norm")
-    panels[0][0].legend(fontsize=8)
+    figure = Figure(figsize=(11, 7.6), layout="constrained")
+    grid = figure.subplots(2, 2, squeeze=False, sharey=True)
+    looks = {0: ("C0", "o"), 1: ("C3", "s"), 2: ("C2", "^")}
+    for row, activation in zip(grid, ACTIVATIONS, strict=True):
+        for axes, net in zip(row, NETS.values(), strict=True):
+            mine = [each for each in layers.rows if each[:2] == [net, activation]]
+            trained = next((str(each[2]) for each in mine if each[2]), "")
+            for when, style in (("", "-"), (trained, ":")):
+                at = [each for each in mine if each[2] == when]
+                for index, kind in enumerate(KINDS.values()):
+                    color, marker = looks[index]
+                    values = [cast(float, each[5 + index]) for each in at]
+                    label = f"{kind}, {f'after {when}' if when else 'start'}"
+                    numbers = [cast(int, each[4]) for each in at]
+                    axes.plot(numbers, values, style, color=color, marker=marker, markersize=4, label=label)
+            axes.set_yscale("log")
+            axes.set(title=f"{activation}, {net}", xlabel="layer (0: first; the last two are linear)")
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel("norm (nats per unit of weight)")
+    grid[0][0].legend(fontsize=8)
     return figure
 
 
-def _picture_curves(best: Mapping[tuple[str, str], Key], found: Mapping[Key, Cell]) -> Figure:
+def _curves_picture(runs: Mapping[Case, Sequence[Trained]]) -> Figure:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
-    for axes, activation in zip(figure.subplots(1, len(ACTIVATIONS)), ACTIVATIONS, strict=True):
-        for number, (name, (label, _)) in enumerate(OPTIMIZERS.items()):
-            if (activation, name) in best:
-                key = best[activation, name]
-                steps, mean, _ = found[key].mean_curve("train/loss")
-                style = ("--", "-", "--", "-")[number]
-                axes.plot(steps, mean, style, color=f"C{number // 2}", label=f"{label}, rate {key[2]:g}")
-        axes.set(yscale="log", xlabel="training step", ylabel="training loss (nats)", title=activation)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    grid = figure.subplots(len(ACTIVATIONS), len(ON), squeeze=False)
+    styles = {"base": ("C0", "-"), "ddpnopt": ("C3", "--"), "gtddp": ("C2", "-.")}
+    for row, activation in zip(grid, ACTIVATIONS, strict=True):
+        for axes, on in zip(row, ON, strict=True):
+            for variant, (color, style) in styles.items():
+                case = Case("plain-net", activation, on, variant)
+                if case in runs:
+                    label = NAMES[on] if variant == "base" else f"{VARIANTS[variant]} on {NAMES[on]}"
+                    axes.plot(*_mean_curve(runs[case]), style, color=color, label=label)
+            axes.set(title=f"{activation}, rate {BASES[on]:g}", xlabel="training step", ylabel="training loss (nats)")
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
     return figure
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from ..config_schema import ModelConfig
@@ -123,9 +124,9 @@ def build(
     image_size: int,
     block: Callable[..., nn.Module] = ResidualBlock,
 ) -> SmallResNet:
-    """The network that `model.blocks`, `width`, `channels`, `batch_norm` and `activation` describe, for any image."""
+    """The network that `model.blocks`, `width`, `channels`, `batch_norm`, `activation` and `init_scale` describe."""
     width = config.width or DEFAULT_WIDTH
-    return SmallResNet(
+    network = SmallResNet(
         in_channels,
         classes,
         width=width,
@@ -134,3 +135,9 @@ def build(
         activation=config.activation or "relu",
         block=block,
     )
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                for parameter in module.parameters():
+                    parameter.mul_(config.init_scale)
+    return network
