@@ -82,7 +82,8 @@ def _compared(model: nn.Module, images: Tensor, labels: Tensor, picture: bool) -
         for cut in range(1, len(stages) + 1):
             V, ours, M = values[cut], exact.value(cut).hessian, one_row.sample_value(cut).curvature
             shares.append(off_diagonal_share(V, B))
-            errors.append(float((ours.reshape(V.shape) - V).norm() / V.norm()))
+            difference = (ours.reshape(V.shape) - V).norm() / V.norm()
+            errors.append(float(difference.nan_to_num(nan=0.0)))  # behind dead units both are zero
             of_M.append(off_diagonal_share(M, B))
         found[form] = {"share": shares, "error": errors, "share_of_M": of_M}
         if picture and form == "paper":

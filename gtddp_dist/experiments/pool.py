@@ -133,6 +133,10 @@ class Pool:
             self._executor.shutdown(cancel_futures=True)
 
     def _keep(self, unit: Unit, result: Result) -> None:
+        try:
+            json.dumps(result, allow_nan=False)
+        except ValueError as error:
+            raise ValueError(f"{unit.function}({unit.arguments}): a result that is not finite") from error
         self.results[unit.key] = result
         self.origins[unit.key] = self._origin
         line = {
