@@ -378,7 +378,7 @@ def in_process(command: CommandLine, folder: Path) -> Answer:
         code = errors.OK if stopped.code is None else int(stopped.code)
     finally:
         os.chdir(before)
-    texts = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]  # type: ignore[attr-defined]
+    texts = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]
     return Answer(code, *texts)
 
 

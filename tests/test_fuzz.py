@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import fuzz
+import fuzz_nets
 import pytest
 from hypothesis import HealthCheck, given, settings
 
@@ -76,3 +77,16 @@ def test_a_command_line_as_a_process(tmp_path: Path) -> None:
     ):
         assert fuzz.can_be_a_process(command)
         assert not fuzz.problem(command, fuzz.as_process(command, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(fuzz_nets.NETWORKS))
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_a_random_network_steps_as_the_dense_reference_does(seed: int) -> None:
+    fuzz_nets.check_network(seed)
+
+
+@pytest.mark.parametrize("what", fuzz_nets.REFUSED)
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_a_random_network_with_something_wrong_is_refused(seed: int, what: str) -> None:
+    fuzz_nets.check_refused(seed, what)
