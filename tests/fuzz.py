@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from gtddp_dist import cli, errors
 from gtddp_dist.config_schema import GROUPS
 
-EXAMPLES = int(os.environ.get("GTDDP_FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("GTDDP_FUZZ_EXAMPLES", "150"))
 """Examples of a test that draws command lines."""
 
 CONFIG = "{config}"

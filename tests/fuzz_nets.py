@@ -193,7 +193,7 @@ class Draw:
             small = min(before[1:])
             dilation = 2 if small >= 5 and self.random.random() < 0.2 else 1
             kernel = self.random.choice([k for k in (1, 2, 3) if dilation * (k - 1) < small])
-            padding = self.random.choice([0, kernel // 2, "same"])
+            padding: Any = self.random.choice([0, kernel // 2, "same"])
             stride = 1 if padding == "same" else self.random.choice((1, 1, 2, 3))
             mode = "circular" if padding != "same" and 0 < padding <= small and self.random.random() < 0.2 else "zeros"
             module = CONVOLUTIONS[self.dimensions](
