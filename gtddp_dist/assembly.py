@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,9 +16,11 @@ from .doctor.folder import check_folder
 from .errors import ToldElsewhere, UserError
 from .launch import Ranks
 from .launch.ranks import host_name
+from .liveness import NOTE_WITHIN_S
 from .parts import Parts, build
 from .run_directory import RunDirectory
 from .team import SOLO, Team
+from .watchdog import Witness
 
 SHARED_WITHIN_S = 20.0
 """How long a network file system may take to show one host what another has written."""
@@ -29,6 +32,8 @@ class Builder(Protocol):
     team: Team
     layout: tuple[int, ...] | None
     """Where the network is cut; None in one process."""
+    witness: Witness
+    """Who hears of it where steps do not end."""
 
     def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
         """Once a rank is lost, from now on: `advice` says what to do, and `note` is called with who it was."""
@@ -45,8 +50,24 @@ class SoloBuilder:
     team: Team = SOLO
     layout: tuple[int, ...] | None = None
 
+    def __init__(self) -> None:
+        self.witness: Witness = self
+        self.who = f"rank 0 (the whole network, host {host_name()})"
+        self._note: Callable[[str], None] | None = None
+
     def prepare_for_loss(self, advice: str, note: Callable[[str], None]) -> None:
-        """Nothing: there is no other rank to lose."""
+        """There is no other rank to lose, but this one can fail."""
+        self._note = note
+
+    def give_up(self, reason: str) -> None:
+        """Leaves it to the history."""
+        if self._note is not None:
+            noting = threading.Thread(target=self._note, args=(reason,), daemon=True)
+            noting.start()
+            noting.join(NOTE_WITHIN_S)
+
+    def once_stalled(self, write: Callable[[], object] | None) -> None:
+        """Nothing: nobody else's watchdog ends the run."""
 
     def build(self, config: Config) -> Parts:
         return build(config)

@@ -414,7 +414,7 @@ def _read_index(folder: Path) -> dict[str, JSON]:
         raise CheckpointError(f"{folder}: has no {INDEX}, so writing it was interrupted")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is not the index of a {FORMAT}")

@@ -7,6 +7,7 @@ from here. The command line counts over the file, the file over the defaults.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -174,18 +175,18 @@ def _read(name_or_path: str) -> tuple[str, str]:
         if name_or_path in shipped_configs():
             shipped = resources.files(__package__).joinpath("configs").joinpath(f"{name_or_path}.yaml")
             return shipped.read_text(encoding="utf-8"), f"shipped config {name_or_path}"
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file it raises for no name, however long
             listed = ", ".join(nearest_first(name_or_path, shipped_configs()))
             raise ConfigError(
                 f"no config named {name_or_path!r}. Shipped configs: {listed}. "
                 "For a file of your own give its path, for example my/experiment.yaml"
             )
     try:
-        return path.read_text(encoding="utf-8"), name_or_path
+        return strict_yaml.read_text(path), name_or_path
     except FileNotFoundError:
         listed = ", ".join(nearest_first(path.stem, shipped_configs()))
         raise ConfigError(f"no such file: {name_or_path}. Shipped configs, given by name: {listed}") from None
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the config {name_or_path}: {error}") from error
 
 

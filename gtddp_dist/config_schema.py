@@ -86,6 +86,8 @@ class TrainConfig:
     """Largest global norm of the mean gradient; a longer one is scaled down to it."""
     max_nonfinite: PositiveInt = 10
     """Steps in a row refused for a non-finite loss or gradient before training stops with a checkpoint."""
+    stalled_after_s: Annotated[float, Field(ge=1)] | None = 1200.0
+    """Seconds without an end of a step after which the run ends, with all stacks in <run>/stalled; null: never."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)

@@ -49,6 +49,8 @@ NOTE_WITHIN_S: Final = 2.0
 
 ENDED: Final = "ended"
 FAILED_WITH: Final = "failed: "
+STALLED: Final = "no step has ended for"
+"""In what a rank has failed with where its watchdog has ended it (`gtddp_dist.watchdog`)."""
 
 
 def may_come_of_a_loss(error: BaseException) -> bool:
@@ -67,7 +69,7 @@ class Loss:
     why: str
 
 
-class _RunningClock:
+class RunningClock:
     """Seconds that this process has been running for: while it is stopped, or all Python is held up, none pass."""
 
     def __init__(self, longest_tick_s: float) -> None:
@@ -119,6 +121,7 @@ class Heartbeats:
         self._describe = describe
         self._advice = advice
         self._note: Callable[[str], None] | None = None
+        self._write_stacks: Callable[[], object] | None = None
         self._lost_after_s = lost_after_s
         self._store_holder = store_holder
         self._store = store
@@ -126,7 +129,7 @@ class Heartbeats:
             # A connection serves one thread at a time, and the main thread waits in its own.
             self._store = store.clone()  # type: ignore[attr-defined]  # missing in torch's stubs
             self._store.set_timeout(timedelta(seconds=max(lost_after_s, 10.0)))
-        self._clock = _RunningClock(3 * EVERY_S)
+        self._clock = RunningClock(3 * EVERY_S)
         self._beats = 0
         self._last_round = (time.monotonic(), 0.0)
         """When the store answered last, by the wall and by the time that this process was running."""
@@ -262,6 +265,8 @@ class Heartbeats:
         if losses:
             self._store.set("lost", json.dumps([[loss.rank, loss.who, loss.why] for loss in losses]))
             self._declare(losses)
+            if self._leaving and self._final_given.is_set():  # this rank has failed as well: nobody else is told
+                self._await_acknowledgement()
             return
         if not self._all_here and len(beats) == self.world - 1:
             self._store.set("all here", "")
@@ -323,6 +328,20 @@ class Heartbeats:
         """Once a rank is lost, from now on: `advice` says what to do, and on the first rank that is left `note` is
         called with who it was, in a thread of its own."""
         self._advice, self._note = advice, note
+
+    def once_stalled(self, write: Callable[[], object] | None) -> None:
+        """From now on `write` is called, in a thread of its own, once a rank was lost whose watchdog has ended it."""
+        self._write_stacks = write
+
+    def give_up(self, reason: str) -> None:
+        """Tells the others that this rank has failed, for a thread that is about to end the process: the main thread
+        does not come to the end of the block. Returns once they know, or cannot be told."""
+        self._leaving = True
+        self._final = f"{FAILED_WITH}{reason}"
+        self._note_down(reason, set())
+        self._final_given.wait(3 * EVERY_S)
+        if self.rank == 0:
+            self._may_end.wait(ACKNOWLEDGE_WITHIN_S)
 
     @property
     def _limit_s(self) -> float:
@@ -408,6 +427,8 @@ class Heartbeats:
         # Past Python's own buffers, whose locks the main thread may hold, and in one piece.
         os.write(2, f"gtddp: lost {named}. {self._advice}\n".encode())
         self._note_down(f"lost {named}", {loss.rank for loss in losses})
+        if self._write_stacks is not None and any(STALLED in loss.why for loss in losses):
+            self._write_stacks()
         self._known.set()
 
     def _note_down(self, text: str, lost: set[int]) -> None:

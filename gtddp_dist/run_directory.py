@@ -77,7 +77,7 @@ class RunDirectory:
             **describe_environment(),
         }
         if self.environment_file.is_file():
-            first = cast(dict[str, JSON], json.loads(self.environment_file.read_text(encoding="utf-8")))
+            first = _read_json(self.environment_file)
             first["resumes"] = [*cast(list[JSON], first.get("resumes", [])), entry]
             entry = first
         write_text_atomically(self.environment_file, json.dumps(entry, indent=2) + "\n")
@@ -86,7 +86,7 @@ class RunDirectory:
         """What was written at the end of training; None before."""
         if not self.summary_file.is_file():
             return None
-        return cast(dict[str, JSON], json.loads(self.summary_file.read_text(encoding="utf-8")))
+        return _read_json(self.summary_file)
 
     def write_summary(self, summary: Mapping[str, JSON]) -> None:
         """Writes `summary.json`."""
@@ -241,14 +241,25 @@ def read_metrics(run: RunDirectory) -> list[Record]:
     ]
 
 
+def _read_json(path: Path) -> dict[str, JSON]:
+    """The object in a JSON file. Raises UserError where there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not JSON: {error}; move it away, and the run goes on without it") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object; move it away, and the run goes on without it")
+    return value
+
+
 def _lines(path: Path) -> list[dict[str, JSON]]:
     """Lines as objects. A last line without its end is dropped: the process died while it wrote it."""
-    text = path.read_text(encoding="utf-8")
     lines = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
+    data = path.read_bytes()
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number}: is not JSON: {error}") from error
         if not isinstance(value, dict) or not isinstance(value.get("step"), int):
             raise UserError(f"{path}, line {number}: is not an object with a whole number as its step")

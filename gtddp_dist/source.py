@@ -10,6 +10,9 @@ from typing import TypedDict
 LARGEST_PATCH = 1 << 20
 """Bytes; of a larger difference only a summary is kept."""
 
+_NO_PROGRAMS = ("--no-ext-diff", "--no-textconv")
+"""A user's own programs for differences make what no `git apply` reads."""
+
 _FOLDER = Path(__file__).resolve().parent
 
 
@@ -37,9 +40,9 @@ def source_patch() -> str | None:
     revision = git_revision()
     if revision is None or not revision["changed"]:
         return None
-    patch = _git(_FOLDER, "diff", "HEAD") or ""
+    patch = _git(_FOLDER, "diff", *_NO_PROGRAMS, "HEAD") or ""
     if len(patch.encode()) > LARGEST_PATCH:
-        summary = _git(_FOLDER, "diff", "--stat", "HEAD")
+        summary = _git(_FOLDER, "diff", *_NO_PROGRAMS, "--stat", "HEAD")
         patch = f"The difference is larger than {LARGEST_PATCH} bytes; a summary:\n{summary}"
     return f"# to git revision {revision['revision']}\n{patch}"
 

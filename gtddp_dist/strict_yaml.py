@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -25,6 +26,7 @@ _FLOAT = re.compile(
 )
 _MAX_DEPTH = 16
 _MAX_DIGITS = 19  # of a 64-bit integer
+_MAX_BYTES = 1 << 20
 
 
 class YamlError(ValueError):
@@ -56,6 +58,16 @@ class _Dumper(yaml.SafeDumper):
 
 for _tag, _pattern in (("int", _INT), ("float", _FLOAT)):
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list("-+.0123456789"))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, for `parse`. Raises OSError, and ValueError where it is not UTF-8 or larger than any
+    configuration: a mistyped path must not fill the memory."""
+    with open(path, "rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"it has more than {_MAX_BYTES} bytes: is it the right file?")
+    return data.decode("utf-8")
 
 
 def parse(text: str) -> Document:

@@ -35,6 +35,7 @@ from .run_directory import MetricsLog, NoLog, Record, RunDirectory, existing_run
 from .team import SOLO, Team
 from .training_state import attempt_name, load_model_tensors, model_tensors_of
 from .training_step import Precision
+from .watchdog import Watchdog
 
 LOCK_EXTRA_S = 30.0
 """How much longer than `parallel.lost_after_s` a requeued job waits for processes of its former start to end."""
@@ -62,7 +63,7 @@ def run_training(config: Config, config_name: str) -> int:
                     end="",
                 )
                 tell(parts.team, f"{parts.total_steps} steps of {config.train.batch_size} samples")
-                return finish(config, run, stop, builder, train(parts, run, stop), chronicle)
+                return finish(config, run, stop, builder, watched(builder, parts, run, stop), chronicle)
 
     return launch(work, config.parallel.pipe * config.parallel.data)
 
@@ -150,10 +151,17 @@ def resume(config: Config, run: RunDirectory, stop: StopRequest, builder: Builde
     newest = newest_checkpoint(run, parts.team, parts.state.wanted, may_begin=may_begin)
     if newest is None:
         tell(parts.team, f"begins {run.path}: {parts.total_steps} steps of {config.train.batch_size} samples")
-        return train(parts, run, stop)
+        return watched(builder, parts, run, stop)
     parts.state.restore(newest)
     tell(parts.team, f"continues {run.path} at step {newest.step} of {parts.total_steps}")
-    return train(parts, run, stop, newest.step)
+    return watched(builder, parts, run, stop, newest.step)
+
+
+def watched(builder: Builder, parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | None = None) -> int:
+    """`train`, ended where a step does not end (`train.stalled_after_s`)."""
+    progress, limit_s = parts.state.progress, parts.config.train.stalled_after_s
+    with Watchdog(run.path, parts.team.rank, builder.witness, limit_s, lambda: progress.step):
+        return train(parts, run, stop, from_step)
 
 
 def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | None = None) -> int:
@@ -347,7 +355,7 @@ def train_baseline(config: Config, run: RunDirectory, stop: StopRequest, builder
         shutil.rmtree(there.path)  # a start that died before its first checkpoint
     parts = builder.build(base)
     with opened(team, lambda: new_run(base, base.optimizer.name)) as created:
-        return train(parts, created, stop)
+        return watched(builder, parts, created, stop)
 
 
 def baseline_config(config: Config, run: RunDirectory) -> Config:

@@ -52,8 +52,13 @@ class Ranks:
         }
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Sets `variables` in the environment of this process."""
+        """Sets `variables` in the environment of this process.
+
+        Ranks of one host need no network: gloo then listens on the loopback device alone, where nothing else was named.
+        """
         environ.update(self.variables())
+        if self.local_world == self.world:
+            environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def host_name(environ: Mapping[str, str] = os.environ) -> str:

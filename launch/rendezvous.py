@@ -5,6 +5,7 @@ Imports torch only when a store is needed; under mpirun texts go through MPI.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -225,10 +226,10 @@ def connect(ranks: Ranks, within_s: float) -> Store:
                 is_master=True,
                 timeout=timeout,
                 wait_for_workers=False,
-                master_listen_fd=ranks.listen_fd,
+                master_listen_fd=_loopback_listener(ranks) if ranks.listen_fd is None else ranks.listen_fd,
             )
-        except DistError as error:
-            if "EADDRINUSE" not in str(error):
+        except (DistError, OSError) as error:
+            if "EADDRINUSE" not in str(error) and getattr(error, "errno", None) != errno.EADDRINUSE:
                 raise
             raise UserError(
                 f"port {ranks.port} of {ranks.host}, where the ranks are to meet, is in use by another process: "
@@ -257,6 +258,15 @@ def connect(ranks: Ranks, within_s: float) -> Store:
         )
     joined.set_timeout(timeout)
     return PrefixStore(prefix, joined)
+
+
+def _loopback_listener(ranks: Ranks) -> int | None:
+    """A descriptor of a socket that listens at the address of `ranks` alone, where that is a loopback one; else None,
+    and TCPStore listens on all networks, since other hosts are to reach it."""
+    if not ranks.address.startswith("127."):
+        return None
+    with socket.create_server((ranks.address, ranks.port), backlog=ranks.world + 128) as listener:
+        return listener.detach()
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T | None:

@@ -490,11 +490,12 @@ def mean_loss(stages: Sequence[Stage], parameters: Parameters, inputs: Tensor, l
 
 
 def mean_gradient(stages: Sequence[Stage], parameters: Parameters, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Gradient of J by parameter name, of the parameters of all players."""
+    """Gradient of J by parameter name, of the parameters of all players; zero where J does not depend on one."""
     names = [name for stage in stages for name in stage.parameters]
     own = {name: parameters[name].detach().clone().requires_grad_() for name in names}
     loss = mean_loss(stages, {**parameters, **own}, inputs, labels)
-    return dict(zip(names, torch.autograd.grad(loss, [own[name] for name in names]), strict=True))
+    gradients = torch.autograd.grad(loss, [own[name] for name in names], materialize_grads=True)
+    return dict(zip(names, gradients, strict=True))
 
 
 def pull_back(stages: Sequence[Stage], parameters: Parameters, live: Live, cotangent: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tarfile
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,14 +98,32 @@ class Files:
                 try:
                     utils.download_url(source.url, temporary, md5=source.md5)
                     if source.name.endswith(".tar.gz"):
-                        utils.extract_archive(str(place / source.name), temporary)
-                except (OSError, RuntimeError) as error:  # no network, no such file; another checksum
+                        self.unpack(place / source.name, place)
+                except (OSError, RuntimeError, tarfile.TarError) as error:  # no network; another checksum
                     raise UserError(f"data.download: {source.url} cannot be had ({error}): {self._ways()}") from error
             folder = root / self.folders[0]
             folder.mkdir(parents=True, exist_ok=True)
             for name in self.names:
                 for found in [path for under in self.folders for path in self._variants(place / under, name)][:1]:
                     found.replace(folder / found.name)
+
+    def unpack(self, archive: Path, place: Path) -> None:
+        """Takes the files of the data set, and nothing else, out of a .tar.gz: to their names in `place`.
+
+        What they are called there is ours, so that no name in the archive, and no link, leads elsewhere. Raises OSError
+        and tarfile.TarError.
+        """
+        with tarfile.open(archive, "r:gz") as packed:
+            members = {member.name: member for member in packed if member.isreg()}
+            for under in self.folders:
+                for name in self.names:
+                    member = members.get(str(Path(under) / name))
+                    content = None if member is None else packed.extractfile(member)
+                    if content is not None:
+                        target = place / under / name
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with content, open(target, "wb") as file:
+                            shutil.copyfileobj(content, file)
 
 
 def of_one_data_set(parts: Sequence[int], where: Path) -> None:

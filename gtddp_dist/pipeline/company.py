@@ -115,6 +115,21 @@ class Company:
         if self._heartbeats is not None:
             self._heartbeats.prepare_for_loss(advice, note)
 
+    @property
+    def who(self) -> str:
+        """This rank, for messages."""
+        return f"rank {self._place.ranks.rank} ({self._place})"
+
+    def give_up(self, reason: str) -> None:
+        """See `Heartbeats.give_up`."""
+        if self._heartbeats is not None:
+            self._heartbeats.give_up(reason)
+
+    def once_stalled(self, write: Callable[[], object] | None) -> None:
+        """See `Heartbeats.once_stalled`."""
+        if self._heartbeats is not None:
+            self._heartbeats.once_stalled(write)
+
     def close(self) -> None:
         """Leave the others, when all is well."""
         self.__exit__(None, None, None)

@@ -242,7 +242,7 @@ def read_costs(path: Path) -> CostFile:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON: {error}") from error
     top = _mapping(path, content, "the file", ("format", "version", "unit", "stages"))
     for key, expected in (("format", FORMAT), ("version", VERSION)):

@@ -33,6 +33,7 @@ from ..tracing import trace
 from ..training_state import Progress, TrainingState
 from ..training_step import Precision, StepResult
 from ..trajectory import Trajectory
+from ..watchdog import Witness
 from .company import Company, Place, company
 from .costs import Expected, balanced_cuts, check_cuts
 from .grid import Grid, Shape
@@ -116,6 +117,7 @@ class RankBuilder:
     def __init__(self, together: Company, grid: Grid, prepared: Prepared) -> None:
         self.team: Team = grid
         self.layout: tuple[int, ...] | None = prepared.cuts
+        self.witness: Witness = together
         self._together, self._grid = together, grid
         self._prepared: Prepared | None = prepared
 

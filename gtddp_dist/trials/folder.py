@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,7 +54,12 @@ class SweepFolder:
         spec, _ = parse_sweep((self.path / SPEC).read_text(encoding="utf-8"), str(self.path / SPEC))
         try:
             listing = json.loads((self.path / LISTING).read_text(encoding="utf-8"))
-            return spec, [Trial(**values) for values in listing]
+            trials = [Trial(**values) for values in listing]
+            for trial in trials:
+                # A name with a path in it would lead out of the sweep.
+                if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", trial.name):
+                    raise ValueError(f"{trial.name!r} is not the name of a trial")
+            return spec, trials
         except FileNotFoundError:
             raise UserError(
                 f"{self.path} was not made to its end, and nothing of it was submitted: remove it, and start again"

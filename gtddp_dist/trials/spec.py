@@ -6,6 +6,7 @@ A key of a configuration stands in it as on the command line, with its dot: `opt
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from importlib import resources
@@ -98,7 +99,7 @@ def read_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepFile:
     with all problems of the file itself; those of its trials are found by `gtddp_dist.trials.space`.
     """
     path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml") and path.name == name_or_path and not path.is_file():
+    if path.suffix not in (".yaml", ".yml") and path.name == name_or_path and not os.path.isfile(path):
         if name_or_path not in shipped_sweeps():
             listed = ", ".join(nearest_first(name_or_path, shipped_sweeps()))
             raise ConfigError(
@@ -109,8 +110,8 @@ def read_sweep(name_or_path: str, overrides: Sequence[str] = ()) -> SweepFile:
         text, source, folder = shipped.read_text(encoding="utf-8"), f"shipped sweep {name_or_path}", None
     else:
         try:
-            text, source, folder = path.read_text(encoding="utf-8"), name_or_path, path.parent
-        except (OSError, UnicodeDecodeError) as error:
+            text, source, folder = strict_yaml.read_text(path), name_or_path, path.parent
+        except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read the sweep {name_or_path}: {error}") from error
     spec, origins = parse_sweep(text, source)
     if folder is not None and Path(spec.config).suffix in (".yaml", ".yml"):
