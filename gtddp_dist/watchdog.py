@@ -41,8 +41,10 @@ _TORCH = str(Path(torch.__file__).parent)
 class Witness(Protocol):
     """This process among the ranks of its run."""
 
-    who: str
-    """For messages: which rank, of which segment, on which host."""
+    @property
+    def who(self) -> str:
+        """For messages: which rank, of which segment, on which host."""
+        ...
 
     def give_up(self, reason: str) -> None:
         """Tells the others and the run's history that this rank has failed; returns when that is done, or cannot be."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from gtddp_dist.checkpoint import JSON
 from gtddp_dist.errors import BAD_INPUT, OK, REQUEUE, UserError
 from gtddp_dist.experiments.page import Table
 from gtddp_dist.experiments.plan import Plan
@@ -246,7 +247,7 @@ def test_a_run_trains_below_half_of_guessing() -> None:
     unit = training(Plan(), {"train.seed": 1, "optimizer.name": "sgd", "optimizer.lr": 0.1})
 
     def trained(loss: float | None) -> Trained:
-        result = {
+        result: dict[str, JSON] = {
             "diverged": loss is None, "train_loss": loss, "val_accuracy": 0.5, "seconds_per_step": 0.1, "steps": 3,
             "curves": {"val/accuracy": [[1, 0.3], [2, 0.95], [3, 0.5]]},
         }  # fmt: skip
