@@ -124,7 +124,7 @@ def draw(starter: str, seed: int) -> list[Fault]:
         if number in (signal.SIGTERM, signal.SIGINT) and chance.random() < 0.5:
             rank = None
         starting = chance.random() if chance.random() < STARTING else None
-        faults.append(Fault(grid, number, rank, starting, chance.randrange(STEPS), chance.uniform(0, 0.05)))
+        faults.append(Fault(grid, number, rank, starting, max(1, chance.randrange(STEPS)), chance.uniform(0, 0.05)))
     return faults
 
 
