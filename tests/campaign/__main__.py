@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"no part is called {min(unknown)}")
     chosen = [part for part in PARTS if not arguments.parts or part.name in arguments.parts]
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended on the way out
     codes = [] if arguments.page else [run_part(part, arguments) for part in chosen]
     write_page(arguments.out, PARTS)
     return FAILED if FAILED in codes else REQUEUE if REQUEUE in codes else OK

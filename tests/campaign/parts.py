@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import kills
+from . import files, kills
 from .part import Part
 
-PARTS: list[Part] = [*kills.PARTS]
+PARTS: list[Part] = [*kills.PARTS, files.PART]
