@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import files, kills
+from . import files, kills, numbers
 from .part import Part
 
-PARTS: list[Part] = [*kills.PARTS, files.PART]
+PARTS: list[Part] = [*kills.PARTS, files.PART, numbers.PART]
