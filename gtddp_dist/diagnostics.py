@@ -49,6 +49,10 @@ class StepFacts:
         """Note a player's backward step for one group."""
         self.players.setdefault(player, []).append(_GroupFacts(gains, report, group.share))
 
+    def grams_finite(self) -> bool:
+        """Whether the Gram matrices noted so far are."""
+        return all(bool(torch.isfinite(f.gains.gram).all()) for groups in self.players.values() for f in groups)
+
     def apply(self, player: int, group: int, policy: Policy, applied_v: Tensor) -> None:
         """Note its forward step: v with the feedback there was."""
         facts = self.players[player][group]

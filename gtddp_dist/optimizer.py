@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from . import nonfinite
 from .capture import Capture, Cotangents, MicroBatch, Stream
 from .collectives import ALONE, Collectives
 from .curvature import Controls, Curvature
@@ -17,6 +18,7 @@ from .diagnostics import StepFacts, figures
 from .errors import OptionError, StepError
 from .groups import RecursionGroup, StepSamples, recursion_groups
 from .inspection import ExplicitPolicy, ExplicitValue, Inspector
+from .nonfinite import Source
 from .options import PAPER, Options
 from .step import Grads, Step
 from .sweep import Value
@@ -113,6 +115,8 @@ class GTDDP(torch.optim.Optimizer):
         """Steps refused for a non-finite gradient, in all."""
         self.skipped_in_a_row = 0
         """Steps refused since the last one taken."""
+        self.source: Source | None = None
+        """What the last refused step had made that was not finite, as far as it was found."""
         self.first_sample = 0
         """Index, within the step, of this process's first sample: it keys the sampled labels."""
         self._grad_scaler = grad_scaler
@@ -199,9 +203,9 @@ class GTDDP(torch.optim.Optimizer):
         work = self.new_step(micro_batches, groups, samples, loss_scale)
         self.fill_gradients(work)
         if not (self.is_finite(work) and not self._found_inf()):
-            return self.refuse(loss)
-        if self.options.feedback and not values_finite(work.backward()):
-            return self.refuse(loss)
+            return self.refuse(loss, work)
+        if self.options.feedback and not self._swept(work):
+            return self.refuse(loss, work)
         work.forward()
         self.finish(work)
         return loss
@@ -252,11 +256,27 @@ class GTDDP(torch.optim.Optimizer):
         """Whether all that was captured, and the gradient, is finite. Waits for the device."""
         return bool(all_finite([*derivatives(work.samples.micro_batches), *work.grads.values()]))
 
-    def refuse(self, loss: float | None = None) -> float | None:
-        """Count a step that was not taken; returns ``loss``."""
+    def _swept(self, work: Step) -> bool:
+        """Carry out the Bellman sweep; whether all of it is finite."""
+        try:
+            return values_finite(work.backward())
+        except torch.linalg.LinAlgError:  # dense algebra may fail on what is not finite
+            if work.facts.grams_finite():
+                raise
+            return False
+
+    def refuse(self, loss: float | None = None, work: Step | None = None) -> float | None:
+        """Count a step that was not taken, and look in ``work`` for why; returns ``loss``."""
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
+        self.source = None if work is None else self.source_in(work.samples.micro_batches, (), [work.facts])
         return loss
+
+    def source_in(
+        self, micro_batches: Iterable[MicroBatch], losses: Iterable[Tensor], facts: Iterable[StepFacts]
+    ) -> Source | None:
+        """What a step has made that is not finite."""
+        return nonfinite.in_step(self._model, self._capture.names, micro_batches, losses, facts)
 
     def finish(self, work: Step) -> None:
         """Count a step that was taken, and keep what can be asked of it."""

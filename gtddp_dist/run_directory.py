@@ -183,12 +183,16 @@ class MetricsLog:
             purge = from_step + 1 if continued else None
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=purge)
 
-    def write(self, step: int, measured: Mapping[str, float]) -> None:
-        """Adds a line. JSON has no NaN and no infinity: such a value is left out and its name listed in `nonfinite`."""
+    def write(self, step: int, measured: Mapping[str, float], said: Mapping[str, str] | None = None) -> None:
+        """Adds a line, with numbers and with what there is to say in words.
+
+        JSON has no NaN and no infinity: such a value is left out and its name listed in `nonfinite`.
+        """
         finite = {name: value for name, value in measured.items() if math.isfinite(value)}
         line: dict[str, JSON] = {"step": step, **finite}
         if len(finite) < len(measured):
             line["nonfinite"] = [name for name in measured if name not in finite]
+        line |= said or {}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         if self._writer is not None:
@@ -216,7 +220,7 @@ class MetricsLog:
 class NoLog:
     """What ranks other than the first have for a log."""
 
-    def write(self, step: int, measured: Mapping[str, float]) -> None:
+    def write(self, step: int, measured: Mapping[str, float], said: Mapping[str, str] | None = None) -> None:
         """Nothing: the first rank writes for all."""
 
     def flush(self) -> None:

@@ -218,8 +218,16 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
             progress.count(result, time.perf_counter() - started)
 
             measured: Record = {}
-            if result.refused:
+            said: dict[str, str] = {}
+            if result.source is not None:
                 measured["train/skipped"] = progress.skipped
+                said["train/refused"] = result.source.text
+                if parts.state.scaler is None:  # with float16 a gradient that overflows is an everyday matter
+                    say(
+                        team,
+                        f"gtddp: warning: step {progress.step} was refused, nothing was changed: not finite was "
+                        f"{result.source.text}",
+                    )
             if is_due(config.log.every, parts):
                 steps = progress.step - progress.window_start
                 measured |= progress.close_window(config.train.batch_size) | {"lr": rate}
@@ -229,18 +237,26 @@ def train(parts: Parts, run: RunDirectory, stop: StopRequest, from_step: int | N
             if is_due(config.eval.every or parts.order.steps_per_epoch, parts):
                 measured |= parts.validate()
             if measured:
-                log.write(progress.step, {"epoch": progress.step / parts.order.steps_per_epoch, **measured})
+                log.write(progress.step, {"epoch": progress.step / parts.order.steps_per_epoch, **measured}, said)
             show(bar, measured)
-            if is_due(config.checkpoint.every or parts.order.steps_per_epoch, parts):
+            # While steps are refused nothing is learnt, and a good checkpoint should not make room for others.
+            wanted = result.source is None or progress.step == parts.total_steps
+            if wanted and is_due(config.checkpoint.every or parts.order.steps_per_epoch, parts):
                 save()
-            if progress.skipped_in_a_row >= config.train.max_nonfinite:
-                save()
+            if result.source is not None and progress.skipped_in_a_row >= config.train.max_nonfinite:
+                if not result.source.stays:
+                    save()
                 wait_for_writing()
+                kept = (
+                    f"It is in what a checkpoint holds: remove from {run.checkpoints} those that have it, and continue"
+                    if result.source.stays
+                    else f"The weights are those before them ({run.checkpoints})"
+                )
                 say(
                     team,
                     f"gtddp: error: stopped at step {progress.step}: the loss or the gradient of the last "
-                    f"{progress.skipped_in_a_row} steps (train.max_nonfinite) was not finite. The weights are those "
-                    f"before them ({run.checkpoints}). Try a lower optimizer.lr, train.clip_norm, or look at the data",
+                    f"{progress.skipped_in_a_row} steps (train.max_nonfinite) was not finite, the last time for "
+                    f"{result.source.text}. {kept}. Try a lower optimizer.lr, train.clip_norm, or look at the data",
                 )
                 if leads:
                     run.write_summary(summarise(parts, read_metrics(run)))

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from .buffers import copy_buffers, restore_buffers, unchanged_buffers, unchanged_random_state
 from .config_schema import TrainConfig
 from .data import network_input
+from .nonfinite import UNKNOWN, Source, in_step, in_training
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class StepResult:
     """Samples of the batch classified right before the step."""
     refused: bool
     """The loss or the gradient was not finite: weights, optimizer state and buffers are as they were."""
+    source: Source | None = None
+    """Of a refused step: what was not finite."""
 
 
 @runtime_checkable
@@ -61,6 +64,8 @@ class GuardsItself(Protocol):
     """An optimizer, as GT-DDP, that clips the gradient and refuses a non-finite step itself, and counts the latter."""
 
     skipped_steps: int
+    source: Source | None
+    """What the last refused step had made that was not finite."""
 
 
 class TrainingStep:
@@ -102,7 +107,15 @@ class TrainingStep:
         taken = self._update(math.isfinite(mean_loss))
         if not taken:
             restore_buffers(self._model, buffers)  # a NaN in the images is in the BatchNorm statistics by now
-        return StepResult(mean_loss, int(correct), refused=not taken)
+        return StepResult(
+            mean_loss, int(correct), refused=not taken, source=None if taken else self._source(images, loss)
+        )
+
+    def _source(self, images: Tensor, loss: Tensor) -> Source:
+        began = in_training(self._model, self._optimizer, [network_input(images, self._precision.dtype)])
+        if isinstance(self._optimizer, GuardsItself):
+            return began or self._optimizer.source or UNKNOWN
+        return began or in_step(self._model, {}, [], [loss], []) or UNKNOWN
 
     def loss_now(self, images: Tensor, labels: Tensor) -> float:
         """The loss of a batch in training mode, cut into the same chunks, changing neither buffers nor random state."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, OptionError, StepError
+from .nonfinite import Source
 from .tracing import trace
 from .trajectory import Stage, refuse_shortcuts
 
@@ -64,6 +65,8 @@ class WholeBatchOptimizer(torch.optim.Optimizer):
         """Steps taken."""
         self.skipped_steps = 0
         """Steps refused, in all."""
+        self.source: Source | None = None
+        """What the last refused step had made that was not finite; here None, the model and the data may tell."""
         self._passes: list[tuple[Tensor, list[Tensor]]] = []
         """Of every forward pass since the last step: the images, and the output's derivative once there is one."""
         model.register_forward_hook(self._remember)

@@ -8,6 +8,7 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ToldElsewhere, UserError
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 VARIABLES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE"))
 # How long a rank that has failed waits for the others to fail too, before it ends without them.
 LEAVE_WITHIN_S = 3.0
+# Of the files with the shared memory of ranks on one host, as MPICH names them.
+SEGMENTS = "/dev/shm/mpich_shm_"
 TO_FIRST, FROM_FIRST = 1, 2  # tags
 
 
@@ -125,7 +128,22 @@ def _meet(environ: Mapping[str, str], rank: int, world: int) -> _Meeting:
             raise ToldElsewhere
         raise UserError(problem)
     ranks = checked(Ranks(rank, world, local_rank, local_world, host, address, port, "mpirun", listen_fd))
-    return _Meeting(ranks, world_comm.Dup())
+    own_comm = world_comm.Dup()
+    if local_rank == 0:
+        _remove_segments()
+    return _Meeting(ranks, own_comm)
+
+
+def _remove_segments() -> None:
+    """Takes away the names of the shared memory that MPICH's ranks on this host have, and have all opened by now.
+
+    MPICH does it at its end, which a rank that is killed does not come to: the memory would stay until the host is
+    started again.
+    """
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
+        name = line.split()[-1]
+        if name.startswith(SEGMENTS):
+            Path(name).unlink(missing_ok=True)
 
 
 def _leave() -> None:

@@ -588,6 +588,18 @@ def test_mpirun_with_a_rank_that_fails_alone(program: Program, mpirun: tuple[str
     assert time.monotonic() - started < 20
 
 
+def test_mpirun_with_a_rank_that_is_killed_leaves_no_shared_memory(program: Program, mpirun: tuple[str, ...]) -> None:
+    body = """
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+    """
+    before = set(os.listdir("/dev/shm"))
+    code, _, err = program.run(3, body, by=mpirun)
+    assert code != 0, err
+    assert [name for name in set(os.listdir("/dev/shm")) - before if name.startswith("mpich")] == []
+
+
 def test_mpirun_without_mpi4py(program: Program) -> None:
     program.environ |= {"PMI_RANK": "1", "PMI_SIZE": "2"}
     code, _, err = program.run(2, "", setup="sys.modules['mpi4py'] = None")

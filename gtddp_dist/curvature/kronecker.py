@@ -221,9 +221,11 @@ class KroneckerCurvature(Curvature):
     def mix(self, state: State, key: str, value: Tensor, module: str, ranks: Collectives) -> None:
         """Take a new value, averaged over replicas, into a running average; the first one is the average."""
         value = ranks.sum_over_replicas([value])[0] / ranks.replicas
-        if not bool(torch.isfinite(value).all()):
-            raise CurvatureError(f"module '{module}': {key} of this step is not finite; nothing was changed")
-        state[key] = state[key].lerp(value, 1 - self.factor_decay) if key in state else value
+        average = state[key].lerp(value, 1 - self.factor_decay) if key in state else value
+        if not bool(torch.isfinite(average).all()):
+            whose = "of this step" if not bool(torch.isfinite(value).all()) else "of the steps before"
+            raise CurvatureError(f"module '{module}': {key} {whose} is not finite; nothing was changed")
+        state[key] = average
 
     def _average(
         self,

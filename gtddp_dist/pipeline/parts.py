@@ -185,7 +185,7 @@ class RankStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
         outcome = self._engine.step(*self._own(images, labels))
-        return StepResult(outcome.loss, outcome.correct, outcome.refused)
+        return StepResult(outcome.loss, outcome.correct, outcome.refused, outcome.source)
 
     def loss_now(self, images: Tensor, labels: Tensor) -> float:
         total, _ = self._engine.worker.forward_only(*self._own(images, labels), training=True)

@@ -21,6 +21,7 @@ from ..capture import MicroBatch, Stream
 from ..diagnostics import StepFacts
 from ..errors import CurvatureError
 from ..groups import RecursionGroup, recursion_groups
+from ..nonfinite import Kind, Source, in_step, in_training, of_ranks, packed
 from ..optimizer import GTDDP, all_finite, derivatives, values_finite
 from ..step import Grads, Step
 from ..sweep import Value
@@ -42,6 +43,8 @@ class Outcome:
     loss: float
     correct: int
     refused: bool
+    source: Source | None = None
+    """Of a refused step: what was not finite, and on which rank."""
 
 
 @dataclass
@@ -71,6 +74,7 @@ class _Work:
     poisoned: bool = False
     failure: str | None = None
     refused: bool = False
+    source: Source | None = None
     agreed: int = 0
     loss: float = math.nan
     all_correct: int = 0
@@ -182,7 +186,7 @@ class Worker:
             restore_buffers(self.segment, self._buffers)
         else:
             self._average_buffers()
-        return Outcome(work.loss, work.all_correct, work.refused)
+        return Outcome(work.loss, work.all_correct, work.refused, work.source)
 
     def take_measurements(self) -> tuple[float, float, float]:
         """Seconds of work, seconds of waiting for other ranks, and bytes sent, since the last call."""
@@ -595,12 +599,29 @@ class Worker:
         work.agreed += 1
         if any(numbers[0] for numbers in every):
             work.refused = True
+            work.source = of_ranks(self.grid.gather_text(packed(self._source(), self._name)))
             if isinstance(self.optimizer, GTDDP):
                 self.optimizer.refuse()
                 self.optimizer.capture.clear()
         elif any(numbers[1] for numbers in every):
             reasons = self.grid.gather_text(work.failure or "")
             raise CurvatureError(next(text for text in reasons if text))
+
+    @property
+    def _name(self) -> str:
+        return f"rank {self.grid.rank} (segment {self.grid.segment + 1} of {self.grid.shape.pipe})"
+
+    def _source(self) -> Source | None:
+        """What is not finite on this rank, of a step that is refused."""
+        work, losses = self._work, list(self._work.losses.values())
+        began = in_training(self.segment, self.optimizer, work.inputs if self.first else ())
+        if began is not None or not isinstance(self.optimizer, GTDDP):
+            return began or in_step(self.segment, {}, [], losses, [])
+        facts = [work.facts, *(unit.facts for unit in work.units.values())]
+        made = self.optimizer.source_in(work.captured.values(), losses, facts)
+        if made is None and not all(bool(flag) for flag in work.finite):
+            return Source(Kind.GRADIENT, "the loss gradient of a micro-batch")
+        return made
 
     @torch.no_grad()
     def _update(self, _: int) -> None:
