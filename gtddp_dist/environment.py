@@ -37,6 +37,18 @@ def describe_environment() -> dict[str, JSON]:
     }
 
 
+def prepare_cpu(threads: int | None) -> None:
+    """Sets how this process computes on a CPU: its number of threads (None: torch's choice), and that numbers too small
+    for a normal float32 count as zero.
+
+    Gradients of samples that are fitted well, and products of such, come to lie there; processors compute with them
+    many times more slowly (8 times a whole step was seen). Where the processor has no such mode, nothing changes.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
 def select_device(name: str) -> torch.device:
     """The device of `train.device`: "cpu", "cuda", or "auto", the GPU where there is one.
 

@@ -15,7 +15,7 @@ from . import schedule
 from .config_schema import Config
 from .data import DataSet
 from .data.batches import BatchOrder
-from .environment import select_device
+from .environment import prepare_cpu, select_device
 from .errors import ConfigError
 from .registry import DATA_SETS, MODELS, OPTIMIZERS, load_object
 from .team import SOLO, Team
@@ -81,8 +81,7 @@ def build(config: Config) -> Parts:
     Raises UserError for what the configuration cannot say by itself: a batch larger than the data set, no
     GPU, a network that the optimizer cannot take.
     """
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    prepare_cpu(config.train.threads)
     precision = Precision(config.train.dtype, select_device(config.train.device))
     data = load_data(config).to(precision.device)
     order = BatchOrder(len(data.train_labels), config.train.batch_size, config.train.seed)

@@ -103,7 +103,7 @@ def backward_stage(
         radius = torch.full((), torch.nan, dtype=H.dtype, device=H.device)
     else:
         root = _root(M)
-        radius = torch.linalg.eigvalsh(_symmetric(_left(root, _right(H, root))))[-1].clamp(min=0)
+        radius = _spectrum(_symmetric(_left(root, _right(H, root))))[0][-1].clamp(min=0)
         if guard:
             M = M / radius.clamp(min=1)
 
@@ -168,11 +168,21 @@ def _symmetric(x_BB: Tensor) -> Tensor:
     return (x_BB + x_BB.mT) / 2
 
 
+def _spectrum(symmetric_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; NaN for a matrix that is not finite, where torch.linalg would raise.
+
+    "replace" is not bounded, so M can overflow. The step is refused for it as for any other value that is not finite.
+    """
+    finite = torch.isfinite(symmetric_BB).all()
+    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, symmetric_BB, 0.0))
+    return torch.where(finite, eigenvalues, torch.nan), vectors
+
+
 def _root(M: Tensor) -> Tensor:
     """The symmetric square root of a positive semi-definite M."""
     if M.ndim == 1:
         return M.clamp(min=0).sqrt()
-    eigenvalues, vectors = torch.linalg.eigh(M)
+    eigenvalues, vectors = _spectrum(M)
     return (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.mT
 
 
@@ -180,6 +190,6 @@ def _positive_part(M: Tensor) -> tuple[Tensor, Tensor]:
     """M with negative entries (diagonal) or eigenvalues (full) set to zero, and the share of them."""
     if M.ndim == 1:
         return M.clamp(min=0), (M < 0).to(M.dtype).mean()
-    eigenvalues, vectors = torch.linalg.eigh(M)
+    eigenvalues, vectors = _spectrum(M)
     clamped = (vectors * eigenvalues.clamp(min=0)) @ vectors.mT
     return clamped, (eigenvalues < -1e-12 * eigenvalues.abs().max()).to(M.dtype).mean()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from campaign import numbers
 
 from gtddp_dist import checkpoint
 from gtddp_dist.nonfinite import UNKNOWN, Kind, Source, of_ranks, packed
+from gtddp_dist.sweep import Value, backward_stage
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
@@ -36,3 +38,12 @@ def test_of_several_ranks_the_cause_is_told() -> None:
     assert told(gradient, gradient, None) == Source(Kind.GRADIENT, "a gradient, on rank 1")
     assert told(activation, weight) == Source(Kind.WEIGHT, "a weight, on rank 1")
     assert told(None, None) == UNKNOWN
+
+
+@pytest.mark.parametrize("entries", [(2, 2), (2,)], ids=["full", "diagonal"])
+def test_a_value_that_overflowed_makes_the_policy_not_finite_and_raises_nothing(entries: tuple[int, ...]) -> None:
+    """As in a run of "replace" that diverges: the step is refused for it."""
+    value = Value(torch.zeros(2), torch.full(entries, torch.inf))
+    policy, before, _ = backward_stage(value, torch.eye(2), torch.ones(2), proximal=False, guard=True)
+    assert not torch.isfinite(policy.value.curvature).all()
+    assert not torch.isfinite(before.curvature).all()

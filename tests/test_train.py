@@ -666,3 +666,11 @@ def test_the_job_script_trains(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(Path("here/summary.json").read_text())["steps"] == 5
+
+
+def test_numbers_too_small_for_float32_count_as_zero_in_a_run() -> None:
+    """Computing with them is many times slower, and gradients of samples that are fitted well lie there."""
+    torch.set_flush_denormal(False)
+    assert float(torch.tensor(1e-20) * torch.tensor(1e-20)) > 0
+    build(load_config("digits", ["train.steps=1"]))
+    assert float(torch.tensor(1e-20) * torch.tensor(1e-20)) == 0

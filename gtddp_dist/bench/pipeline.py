@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from .. import __version__
 from ..config_schema import Config
-from ..environment import describe_environment
+from ..environment import describe_environment, prepare_cpu
 from ..errors import OK, UserError
 from ..files import write_text_atomically
 from ..launch import Ranks, StopRequest, launch
@@ -81,8 +81,7 @@ def run_pipeline(config: Config, *, as_json: bool, out: Path | None) -> int:
     def work(stop: StopRequest, ranks: Ranks) -> int:
         from .subject import cut, place_of
 
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
+        prepare_cpu(config.train.threads)
         trajectory, cuts = cut(config)
         place = place_of(config, ranks, cuts, len(trajectory.stages))
         facts = {"gtddp-dist": __version__, "torch": torch.__version__, "cuts": str(cuts)}

@@ -25,7 +25,7 @@ from .. import __version__
 from ..checkpoint import JSON
 from ..config import load_config
 from ..config_schema import Config
-from ..environment import describe_environment
+from ..environment import describe_environment, prepare_cpu
 from ..errors import BAD_INPUT, OK, UserError
 from ..files import write_text_atomically
 from ..launch import Ranks, StopRequest, discover, launch, local
@@ -152,8 +152,7 @@ def _measure_one(request: Request, shape: Shape) -> int:
 
     def work(stop: StopRequest, ranks: Ranks) -> int:
         config = configs[0][1]
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
+        prepare_cpu(config.train.threads)
         trajectory, cuts = cut(config)
         place = place_of(config, ranks, cuts, len(trajectory.stages))
         facts = {

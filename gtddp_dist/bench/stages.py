@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..build import gtddp_optimizer
 from ..config_schema import Config
 from ..curvature import SGD
-from ..environment import describe_environment, select_device
+from ..environment import describe_environment, prepare_cpu, select_device
 from ..errors import OK
 from ..files import write_text_atomically
 from ..launch import Ranks, Rendezvous, StopRequest, launch
@@ -61,8 +61,7 @@ Cuts = dict[str, tuple[int, ...]]
 
 def _measured(config: Config, meet: Callable[[str, str], object] | None) -> tuple[tuple[StageCosts, ...], Cuts]:
     """The costs of all stages, and cuts; ``meet`` waits for the other processes."""
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    prepare_cpu(config.train.threads)
     device = select_device(config.train.device)
     precision = Precision(config.train.dtype, device)
     subject = described(config)

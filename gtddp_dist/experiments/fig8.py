@@ -17,7 +17,7 @@ from .. import curvature
 from ..checkpoint import JSON
 from ..config_schema import Config
 from ..data import DataSet, network_input
-from ..environment import select_device
+from ..environment import prepare_cpu, select_device
 from ..optimizer import GTDDP
 from ..parts import build_model, load_data
 from ..training_step import Precision
@@ -60,8 +60,7 @@ def feedback_images(arguments: Mapping[str, JSON]) -> dict[str, JSON]:
     settings = cast(Settings, arguments["settings"])
     pairs = cast(list[list[int]], arguments["pairs"])
     config = config_of(settings)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    prepare_cpu(config.train.threads)
     data = load_data(config)
     torch.manual_seed(config.train.seed)
     model = build_model(config, data, Precision("float64", select_device("cpu")))

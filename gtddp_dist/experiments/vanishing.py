@@ -18,7 +18,7 @@ from .. import curvature
 from ..checkpoint import JSON
 from ..data import network_input
 from ..data.batches import BatchOrder
-from ..environment import select_device
+from ..environment import prepare_cpu, select_device
 from ..optimizer import GTDDP
 from ..parts import build_model, load_data
 from ..training_step import Precision
@@ -83,8 +83,7 @@ CASES = [
 def train_and_probe(settings: Settings) -> dict[str, JSON]:
     """A training, as `training.train_once` has it, and the norms by layer before and after it."""
     config = config_of(settings)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    prepare_cpu(config.train.threads)
     precision = Precision("float64", select_device("cpu"))
     data = load_data(config)
     torch.manual_seed(config.train.seed)

@@ -23,6 +23,7 @@ from ..config_schema import Config
 from ..data import DataSet, network_input
 from ..data.batches import BatchOrder
 from ..diagnostics import Totals, figures
+from ..environment import prepare_cpu
 from ..errors import UserError
 from ..launch import Ranks
 from ..optimizer import GTDDP
@@ -63,8 +64,7 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
     Raises:
         UserError: a network that cannot be cut so, or not taken at all.
     """
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    prepare_cpu(config.train.threads)
     data = load_data(config)
     BatchOrder(len(data.train_labels), config.train.batch_size, config.train.seed)  # refuses a batch that is too large
     torch.manual_seed(config.train.seed)
