@@ -200,9 +200,9 @@ class Draw:
                 before[0],
                 groups * self.random.choice((1, 2)) if groups > 1 else width,
                 kernel,
-                stride,  # type: ignore[arg-type]
+                stride,
                 padding,
-                dilation,  # type: ignore[arg-type]
+                dilation,
                 groups,
                 self._coin(),
                 mode,  # type: ignore[arg-type]
