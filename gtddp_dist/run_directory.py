@@ -10,6 +10,7 @@ tb/                  the same numbers for TensorBoard, one curve across restarts
 checkpoints/         see gtddp_dist.checkpoint
 model.safetensors    parameters and buffers of the trained model, by their names in it
 curves.png, summary.json
+stalled/             stacks of every rank, where a step did not end (gtddp_dist.watchdog)
 baseline/            the run of the base optimizer, where run.baseline asked for it
 """
 

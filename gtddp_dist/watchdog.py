@@ -93,23 +93,27 @@ class Watchdog:
     def write_stacks(self) -> str:
         """Writes the stacks of all threads of this process; where, for a message. On stderr where that cannot be."""
         done: list[str] = []
+        problem = [f"no answer for {WRITE_WITHIN_S:.0f} s"]
 
         def write() -> None:
-            self._file.parent.mkdir(exist_ok=True)
-            with open(self._file, "w", encoding="utf-8") as file:
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                file.write(f"{now}: {self._witness.who}, process {os.getpid()}, step {self._step() + 1}\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-            self._write_flight_record()
-            done.append(f"its stacks are in {self._file}")
+            try:
+                self._file.parent.mkdir(exist_ok=True)
+                with open(self._file, "w", encoding="utf-8") as file:
+                    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                    file.write(f"{now}: {self._witness.who}, process {os.getpid()}, step {self._step() + 1}\n\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+                done.append(f"its stacks are in {self._file}")
+                self._write_flight_record()
+            except OSError as error:
+                problem.append(str(error))
 
         writing = threading.Thread(target=write, name="write stacks", daemon=True)
         writing.start()
         writing.join(WRITE_WITHIN_S)
         if not done:
             faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-            return f"its stacks are above: {self._file} cannot be written"
+            return f"its stacks are above: {self._file} cannot be written: {problem[-1]}"
         return done[0]
 
     def _write_flight_record(self) -> None:

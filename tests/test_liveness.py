@@ -22,7 +22,7 @@ LOST_AFTER_S = 5.0
 
 # Imports torch once and forks the ranks of all scenarios, since importing it in thirty processes takes a minute.
 ZOO = """
-import datetime, json, os, socket, sys, time
+import datetime, json, os, socket, sys, threading, time
 import torch, torch.distributed as dist
 from gtddp_dist.liveness import Heartbeats
 from gtddp_dist.errors import UserError
@@ -70,6 +70,15 @@ def work(name, rank, world, server, mode, lost_after_s):
         if mode in ("well", "no loss"):
             time.sleep(2 * rank)  # rank 0, which has the store, is done first
             sys.exit(75 if mode == "well" else 0)
+        if mode.startswith("stalled"):  # as a watchdog does it, while the main thread waits
+            beats.once_stalled(lambda: os.write(1, b"stacks\\n"))
+            if str(rank) in mode:
+                def end():
+                    time.sleep(1)
+                    beats.give_up("no step has ended for 3 s")
+                    os._exit(1)
+                threading.Thread(target=end).start()
+            dist.recv(torch.ones(1), src=(rank - 1) % world)
         if mode == "pause":
             ends = time.monotonic() + 16
             while time.monotonic() < ends:
@@ -120,6 +129,9 @@ SCENARIOS = {  # name: ranks, what they do, which is hit by which signal
     "chain-kill-3": (4, "chain", 3, signal.SIGKILL),
     "stop-0": (3, "chain", 0, signal.SIGSTOP),
     "stop-2": (3, "reduce", 2, signal.SIGSTOP),
+    "stalled-0": (3, "stalled 0", None, None),
+    "stalled-1": (3, "stalled 1", None, None),
+    "stalled-0-2": (3, "stalled 0 2", None, None),
     "own-error": (3, "own error", None, None),
     "bad-input": (3, "bad input", None, None),
     "no-loss": (3, "no loss", None, None),
@@ -232,6 +244,19 @@ def test_error_of_a_rank_is_its_own(ended: Mapping[str, Ended]) -> None:
         end = ended[f"own-error.{rank}"]
         assert end.code == errors.FAILED
         assert "gtddp: lost rank 1 (the 1th): failed: RuntimeError: something of rank 1. go on" in end.err
+
+
+@pytest.mark.parametrize("name", ["stalled-0", "stalled-1", "stalled-0-2"])
+def test_others_write_their_stacks_where_a_watchdog_ends_a_rank(name: str, ended: Mapping[str, Ended]) -> None:
+    gave_up = [int(rank) for rank in name.split("-")[1:]]
+    for rank in range(3):
+        end = ended[f"{name}.{rank}"]
+        assert end.code == errors.FAILED, end
+        # Whoever has given up has written its own, and has said so itself.
+        assert end.out == ("" if rank in gave_up else "stacks\n"), end
+        named = {int(number) for line in gtddp_lines(end) for number in re.findall(r"lost rank (\d)", line)}
+        assert named == set() if rank in gave_up else named <= set(gave_up) and named, end
+        assert end.seconds < LOST_AFTER_S + 10
 
 
 def test_error_of_the_first_rank_which_holds_the_store(ended: Mapping[str, Ended]) -> None:

@@ -47,7 +47,7 @@ def start(folder: Path, argv: list[str], **variables: str) -> subprocess.Popen[s
 def outcome(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     """Exit code and stderr of each; none is left."""
     try:
-        errors = [process.communicate(timeout=150)[1] for process in processes]
+        errors = [process.communicate(timeout=250)[1] for process in processes]
         return [(process.returncode, error) for process, error in zip(processes, errors, strict=True)]
     finally:
         for process in processes:
@@ -96,9 +96,8 @@ def test_ranks_are_ended_with_the_stacks_of_all(tmp_path: Path) -> None:
 class Alone:
     """A process whose end is only noted."""
 
-    who = "rank 0"
-
     def __init__(self) -> None:
+        self.who = "rank 0"
         self.reasons: list[str] = []
 
     def give_up(self, reason: str) -> None:
@@ -136,5 +135,5 @@ def test_stacks_go_to_stderr_where_there_is_no_directory_for_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     watchdog = Watchdog(tmp_path / "gone", 0, Alone(), 1.0, lambda: 0)
-    assert "its stacks are above" in watchdog.write_stacks()
+    assert "its stacks are above: " in watchdog.write_stacks()
     assert "test_stacks_go_to_stderr" in capfd.readouterr().err
