@@ -52,11 +52,12 @@ class Ranks:
         }
 
     def export(self, environ: MutableMapping[str, str] = os.environ) -> None:
-        """Sets `variables` in the environment of this process.
-
-        Ranks of one host need no network: gloo then listens on the loopback device alone, where nothing else was named.
-        """
+        """Sets `variables` in the environment of this process, and what `keep_to_host` does."""
         environ.update(self.variables())
+        self.keep_to_host(environ)
+
+    def keep_to_host(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Ranks of one host need no network: gloo listens on the loopback device alone, where nothing else is named."""
         if self.local_world == self.world:
             environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 

@@ -92,6 +92,7 @@ def _measure(
     """Appends to `checks` and `links`."""
     plane, problem = None, ""
     try:
+        ranks.keep_to_host()
         plane = network.start(facts, ranks.rank, PrefixStore("doctor", meeting.store), timeout_s)
         clock = network.read_clock()
     except (RuntimeError, ValueError) as error:
