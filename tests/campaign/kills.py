@@ -49,9 +49,9 @@ EACH = 25
 """Cases of a way to start ranks."""
 STARTING = 0.25
 """Share of the faults that come before the first step."""
-TRAINS_WITHIN_S = 120.0
+TRAINS_WITHIN_S = 600.0
 """Until a run has ended to which nothing happens: importing torch on busy cores takes most of it."""
-ENDS_WITHIN_S = 250.0
+ENDS_WITHIN_S = 400.0
 """Until all have ended after a fault: one in the first seconds of a start is noticed after 180 s (rendezvous.py)."""
 BIN = Path(sys.executable).parent
 

@@ -97,7 +97,7 @@ def on_ranks(argv: Sequence[str], spoil: Spoil, folder: Path) -> Done:
         2,
         folder,
         {"argv": [*argv, "parallel.pipe=2"], "spoil": asdict(spoil)},
-        within_s=100,
+        within_s=400,
     )
     (ended,) = server().run(job)
     codes = {one.code for one in ended}
@@ -189,7 +189,7 @@ def cases(seed: int, quick: bool) -> list[Case]:
                         key = "-".join([what, value, where.replace(" ", "-"), "stays" if stays else "once"])
                         key += "-micro" if scope else ""
                         run = functools.partial(run_case, what, value, where, stays, scope)
-                        found.append(Case(key, run, 200.0))
+                        found.append(Case(key, run, 900.0))
     return found
 
 

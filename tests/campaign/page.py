@@ -40,7 +40,7 @@ def section(part: Part, table: Table) -> str:
     told = f"**{len(good)} of {len(rows)} run are as they should be; {len(rows)} of {rows[-1]['of']} cases were run**"
     lines += [f"{told} ({_span(rows)}; {table.file.name}).", ""]
     if failed_before:
-        lines += [f"Failed in an earlier run, mended since: {', '.join(sorted(failed_before))}.", ""]
+        lines += [f"Failed in an earlier run, and not in the last one: {', '.join(sorted(failed_before))}.", ""]
     lines += [_summary(part, rows), ""]
     failed = [row for row in rows if row["ok"] == "no"]
     lines += [f"* {row['case']}: {_plain(row['problem'])}" for row in failed]
