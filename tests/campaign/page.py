@@ -17,7 +17,7 @@ HEAD = """# Reliability
 
 What training runs survive. The tables are made from the CSV files in this folder, each of whose rows is a case that was
 run, by `make campaign` ([CONTRIBUTING.md](../../CONTRIBUTING.md)). What the campaign has found, with causes:
-[found.md](found.md). The last row of a case counts; one that an earlier row says had failed is counted as such.
+[found.md](found.md). The last row of a case counts; cases of which an earlier row says that they failed are named.
 """
 
 
