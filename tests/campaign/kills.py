@@ -289,7 +289,7 @@ def cases_of(starter: str) -> Callable[[int, bool], list[Case]]:
 
     def cases(seed: int, quick: bool) -> list[Case]:
         faults = draw(starter, seed)
-        chosen = range(len(faults))
+        chosen = list(range(len(faults)))
         if quick:
             during = [i for i, fault in enumerate(faults) if fault.starting is None and fault.grid == "pipe=2"]
             chosen = [next(i for i in during if faults[i].stops == stops) for stops in (False, True)]
