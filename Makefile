@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-slurm test-all lint clean
+.PHONY: help venv train test test-slurm test-all campaign lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ test-slurm: $(STAMP)  ## run the tests on a real Slurm alone (as root; installs 
 
 test-all: $(STAMP)  ## the same, with every combination of options on every grid of ranks (hours)
 	GTDDP_TEST_ALL=1 $(VENV)/bin/python -m pytest
+
+# What it has is kept in docs/reliability, and what is there is not run again. make campaign PARTS="files numbers"
+campaign: $(STAMP)  ## let faults befall runs, for figures (hours; QUICK=1: minutes, and nothing is kept)
+	PYTHONPATH=tests $(VENV)/bin/python -m campaign $(if $(QUICK),--quick) $(PARTS)
 
 lint: $(STAMP)  ## check style, formatting and types
 	$(VENV)/bin/ruff check gtddp_dist launch tests docs .ci

@@ -44,14 +44,12 @@ class StepFacts:
 
     players: dict[int, list[_GroupFacts]] = field(default_factory=dict)
     predicted_decrease: Tensor | None = None
+    failed_at: int | None = None
+    """The player whose backward step failed on a Gram matrix that is not finite."""
 
     def add(self, player: int, gains: Gains, report: StageReport, group: RecursionGroup) -> None:
         """Note a player's backward step for one group."""
         self.players.setdefault(player, []).append(_GroupFacts(gains, report, group.share))
-
-    def grams_finite(self) -> bool:
-        """Whether the Gram matrices noted so far are."""
-        return all(bool(torch.isfinite(f.gains.gram).all()) for groups in self.players.values() for f in groups)
 
     def apply(self, player: int, group: int, policy: Policy, applied_v: Tensor) -> None:
         """Note its forward step: v with the feedback there was."""

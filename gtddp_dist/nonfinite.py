@@ -74,7 +74,7 @@ def in_step(
     modules: Mapping[nn.Module, str],
     micro_batches: Iterable[MicroBatch],
     losses: Iterable[Tensor],
-    facts: Iterable[StepFacts],
+    facts: Sequence[StepFacts],
 ) -> Source | None:
     """In what the step has made: inputs of modules, the loss, gradients, Gram matrices."""
     captured = list(micro_batches)
@@ -97,6 +97,7 @@ def in_step(
         for player, groups in one.players.items()
         if not all(_finite(group.gains.gram) for group in groups)
     ]
+    grams += [one.failed_at for one in facts if one.failed_at is not None]
     return Source(Kind.GRAM, f"the Gram matrix of stage {max(grams)}") if grams else None
 
 

@@ -204,7 +204,7 @@ class GTDDP(torch.optim.Optimizer):
         self.fill_gradients(work)
         if not (self.is_finite(work) and not self._found_inf()):
             return self.refuse(loss, work)
-        if self.options.feedback and not self._swept(work):
+        if self.options.feedback and not values_finite(work.backward()):
             return self.refuse(loss, work)
         work.forward()
         self.finish(work)
@@ -256,15 +256,6 @@ class GTDDP(torch.optim.Optimizer):
         """Whether all that was captured, and the gradient, is finite. Waits for the device."""
         return bool(all_finite([*derivatives(work.samples.micro_batches), *work.grads.values()]))
 
-    def _swept(self, work: Step) -> bool:
-        """Carry out the Bellman sweep; whether all of it is finite."""
-        try:
-            return values_finite(work.backward())
-        except torch.linalg.LinAlgError:  # dense algebra may fail on what is not finite
-            if work.facts.grams_finite():
-                raise
-            return False
-
     def refuse(self, loss: float | None = None, work: Step | None = None) -> float | None:
         """Count a step that was not taken, and look in ``work`` for why; returns ``loss``."""
         self.skipped_steps += 1
@@ -273,7 +264,7 @@ class GTDDP(torch.optim.Optimizer):
         return loss
 
     def source_in(
-        self, micro_batches: Iterable[MicroBatch], losses: Iterable[Tensor], facts: Iterable[StepFacts]
+        self, micro_batches: Iterable[MicroBatch], losses: Iterable[Tensor], facts: Sequence[StepFacts]
     ) -> Source | None:
         """What a step has made that is not finite."""
         return nonfinite.in_step(self._model, self._capture.names, micro_batches, losses, facts)

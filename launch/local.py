@@ -281,7 +281,9 @@ class _Children:
         if self._kill_at is None and (now > self._deadline or self._are_idle(left, now)):
             names = ", ".join(str(child.rank) for child in left)
             since = "a second Ctrl-C" if self._first_failed is None else f"the end of rank {self._first_failed.rank}"
-            self._say(f"rank{'s' if len(left) > 1 else ''} {names} did not end after {since}: ended by gtddp")
+            self._say(
+                f"rank{'s' if len(left) > 1 else ''} {names} on {self._host} did not end after {since}: ended by gtddp"
+            )
             for child in left:
                 child.ended_here = True
                 child.send(signal.SIGTERM)

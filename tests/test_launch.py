@@ -212,7 +212,7 @@ def test_a_killed_rank_is_named_and_the_others_end(program: Program) -> None:
     assert code == errors.FAILED
     assert err.splitlines() == [
         f"gtddp: rank 1 on {socket.gethostname()} was killed by SIGKILL",
-        "gtddp: ranks 0, 2 did not end after the end of rank 1: ended by gtddp",
+        f"gtddp: ranks 0, 2 on {socket.gethostname()} did not end after the end of rank 1: ended by gtddp",
     ]
     assert out == "stopped by SIGTERM\n"
     wait_until_state(program.wait_for("pid0", "pid1", "pid2", "pid3", "pid-helper"), "gone", 2)
@@ -229,7 +229,7 @@ def test_a_rank_that_stands_still_is_not_waited_for(program: Program) -> None:
     assert time.monotonic() - started < local.END_WITHIN_S / 2
     assert code == errors.FAILED
     assert f"gtddp: rank 1 on {socket.gethostname()} ended with exit code 1\n" in err
-    assert "rank 0 did not end" in err
+    assert f"rank 0 on {socket.gethostname()} did not end" in err
 
 
 def test_bad_input_of_one_rank(program: Program) -> None:
@@ -241,7 +241,8 @@ def test_bad_input_of_one_rank(program: Program) -> None:
     """
     code, _, err = program.run(2, body, "local.END_WITHIN_S, local.TERM_WITHIN_S = 0.5, 0.5")
     assert code == errors.BAD_INPUT
-    assert err.startswith("[rank 1] gtddp: error: no such thing\ngtddp: rank 0 did not end after the end of rank 1")
+    told = f"gtddp: rank 0 on {socket.gethostname()} did not end after the end of rank 1"
+    assert err.startswith(f"[rank 1] gtddp: error: no such thing\n{told}")
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

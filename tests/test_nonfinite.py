@@ -19,6 +19,10 @@ def test_a_step_is_refused_and_the_log_says_why(what: str, value: str, tmp_path:
     assert numbers.run_case(what, value, "one process", False, "", tmp_path).problem == ""
 
 
+def test_algebra_that_fails_on_a_gram_matrix_is_a_refused_step(tmp_path: Path) -> None:
+    assert numbers.run_case("gram", "nan", "one process", False, numbers.REPLACE, tmp_path).problem == ""
+
+
 def test_checkpoints_from_before_a_bad_weight_stay(tmp_path: Path) -> None:
     """Also where so few are kept that later ones would take their place."""
     row = numbers.run_case("weight", "nan", "one process", True, "checkpoint.keep=1", tmp_path)

@@ -1,6 +1,6 @@
 """python -m campaign [PART ...]: runs the cases of the parts that have no row yet, and writes the page.
 
-    --quick      a few cases of each part
+    --quick      a few cases of each part, in a temporary folder
     --out DIR    folder of the CSV files and the page (docs/reliability)
     --seed N     of the random choices (0)
     --minutes M  after which a part begins no other case (20); started again, it goes on there
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m campaign", description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(part.name for part in PARTS)}")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=RELIABILITY)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--failed", action="store_true")
@@ -46,16 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = set(arguments.parts) - {part.name for part in PARTS}
     if unknown:
         parser.error(f"no part is called {min(unknown)}")
-    chosen = [part for part in PARTS if not arguments.parts or part.name in arguments.parts]
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what runs is ended on the way out
-    codes = [] if arguments.page else [run_part(part, arguments) for part in chosen]
-    write_page(arguments.out, PARTS)
+    if arguments.out is None and arguments.quick:
+        with tempfile.TemporaryDirectory(prefix="gtddp-") as folder:
+            return run_all(arguments, Path(folder))
+    return run_all(arguments, arguments.out or RELIABILITY)
+
+
+def run_all(arguments: argparse.Namespace, out: Path) -> int:
+    """Runs the parts that were asked for, and writes the page; the exit code."""
+    chosen = [part for part in PARTS if not arguments.parts or part.name in arguments.parts]
+    codes = [] if arguments.page else [run_part(part, arguments, out) for part in chosen]
+    write_page(out, PARTS)
     return FAILED if FAILED in codes else REQUEUE if REQUEUE in codes else OK
 
 
-def run_part(part: Part, arguments: argparse.Namespace) -> int:
+def run_part(part: Part, arguments: argparse.Namespace, out: Path) -> int:
     """Runs the cases of a part that have no row, as long as there is time; the exit code."""
-    table = Table(part, arguments.out / f"{part.name}.csv")
+    table = Table(part, out / f"{part.name}.csv")
     of = len(part.cases(arguments.seed, False))
     done = {key for key, row in table.newest().items() if row["ok"] == "yes" or not arguments.failed}
     cases = [case for case in part.cases(arguments.seed, arguments.quick) if case.key not in done]
@@ -88,7 +96,7 @@ def run_case(case: Case) -> Row:
                 return case.run(Path(folder))
         except Exception as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            return Row(f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}: {error}", {})
+            return Row(f"{type(error).__name__} in {Path(where.filename).name}:{where.lineno}: {error}", case.known)
 
 
 if __name__ == "__main__":

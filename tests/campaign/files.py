@@ -45,8 +45,8 @@ WORDS = (
     "parallel.lost_after_s=5",
 )
 TWO = ("train.micro_batches=2", "parallel.pipe=2")
-CASE_S = 60.0
-PROCESSES_S = 240.0
+CASE_S = 300.0
+PROCESSES_S = 900.0
 
 COLUMNS: dict[str, Kind] = {
     "what": "group",

@@ -17,7 +17,7 @@ HEAD = """# Reliability
 
 What training runs survive. The tables are made from the CSV files in this folder, each of whose rows is a case that was
 run, by `make campaign` ([CONTRIBUTING.md](../../CONTRIBUTING.md)). What the campaign has found, with causes:
-[found.md](found.md). The last row of a case counts; one that an earlier row says had failed is counted as such.
+[found.md](found.md). The last row of a case counts; cases of which an earlier row says that they failed are named.
 """
 
 
@@ -40,7 +40,7 @@ def section(part: Part, table: Table) -> str:
     told = f"**{len(good)} of {len(rows)} run are as they should be; {len(rows)} of {rows[-1]['of']} cases were run**"
     lines += [f"{told} ({_span(rows)}; {table.file.name}).", ""]
     if failed_before:
-        lines += [f"Failed in an earlier run, mended since: {', '.join(sorted(failed_before))}.", ""]
+        lines += [f"Failed in an earlier run, and not in the last one: {', '.join(sorted(failed_before))}.", ""]
     lines += [_summary(part, rows), ""]
     failed = [row for row in rows if row["ok"] == "no"]
     lines += [f"* {row['case']}: {_plain(row['problem'])}" for row in failed]

@@ -33,6 +33,7 @@ class Case:
         key: its name, the same for the same seed.
         run: makes the row, in an empty folder that is removed afterwards. An exception is a failed case.
         within_s: the time that it may take, in seconds.
+        known: what columns say also where the case fails with an exception.
         needs_root: whether it mounts file systems or makes namespaces; it is left out for other users, and says so.
     """
 
@@ -40,6 +41,7 @@ class Case:
     run: Callable[[Path], Row]
     within_s: float = 60.0
     needs_root: bool = False
+    known: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
