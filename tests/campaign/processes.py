@@ -49,7 +49,8 @@ class Program:
                 stderr=err,
                 cwd=folder,
                 start_new_session=True,
-                env=environment(**{WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)}) | dict(variables),
+                env=environment(**{WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)})
+                | dict(variables),
             )
 
     @property
