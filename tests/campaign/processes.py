@@ -42,6 +42,7 @@ class Program:
         self._sampled = 0.0
         self.started = time.monotonic()
         with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
+            own = environment(**{WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)})
             self.process = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
@@ -49,8 +50,7 @@ class Program:
                 stderr=err,
                 cwd=folder,
                 start_new_session=True,
-                env=environment(**{WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)})
-                | dict(variables),
+                env={**own, **variables},
             )
 
     @property
