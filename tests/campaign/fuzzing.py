@@ -60,8 +60,8 @@ def networks(first: int, count: int, folder: Path) -> Row:
     for seed in range(first, first + count):
         try:
             fuzz_nets.check_network(seed)
-        except AssertionError as error:
-            problems.append(f"network {seed}: {error}")
+        except Exception as error:  # whatever it is, the networks after it are looked at too
+            problems.append(f"network {seed}: {type(error).__name__}: {error}")
     values = {"what": "networks", "examples": str(count), "with a problem": str(len(problems))}
     return Row("; ".join(problems), values)
 
