@@ -435,7 +435,7 @@ def test_cost_of_one_optimizer_grows_with_the_batch() -> None:
     ("words", "message"),
     [
         (("step", "parallel.pipe=2"), "parallel.pipe=2: bench step measures one process"),
-        (("step", "train.dtype=float16"), "take float32 or bfloat16"),
+        (("step", "train.dtype=float16", "optimizer.capture=gradient"), "take float32 or bfloat16"),
         (("memory", "bench.optimizers=[sdg]"), "one of the contenders (nearest first): sgd"),
         (("gram", "--ranks", "2"), "--ranks: bench gram measures one process"),
     ],
