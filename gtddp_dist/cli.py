@@ -102,6 +102,8 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
     for flag, given in (("--grid", arguments.grid is not None), ("--list", arguments.list)):
         if given and arguments.what != "scaling":
             raise errors.UserError(f"{flag}: only bench scaling takes it")
+    if arguments.ranks is not None and arguments.what in ("step", "gram", "memory", "all"):
+        raise errors.UserError(f"--ranks: bench {arguments.what} measures one process")
     if arguments.ranks is not None and arguments.what == "pipeline":
         raise errors.UserError("--ranks: bench pipeline has parallel.pipe times parallel.data ranks")
     if arguments.ranks is not None and arguments.ranks < 1:
@@ -113,8 +115,13 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
 
         return join(arguments.join, as_json=arguments.json)
     named = bool(words) and "=" not in words[0]
-    name, *overrides = words if named else ["bench", *words]
+    alone = arguments.what in ("step", "gram", "memory", "all")
+    name, *overrides = words if named else ["bench-step" if alone else "bench", *words]
     config = load_config(name, overrides)
+    if alone:
+        from .bench.step import run_bench
+
+        return run_bench(config, arguments.what, as_json=arguments.json, out=arguments.out)
     if arguments.what == "scaling":
         from .bench.scaling import Request, run_scaling
 
@@ -234,22 +241,29 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure",
         usage=(
-            "gtddp bench pipeline [CONFIG] [key=value ...] [--json] [--out DIR]\n"
+            "gtddp bench step|gram|memory|all [CONFIG] [key=value ...] [--json] [--out DIR]\n"
+            "       gtddp bench pipeline [CONFIG] [key=value ...] [--json] [--out DIR]\n"
             "       gtddp bench stages [CONFIG] [key=value ...] [--ranks N] [--json] [--out DIR]\n"
             "       gtddp bench scaling [CONFIG] [key=value ...] [--ranks N] [--grid pipe=P,data=D | --list] [--json] "
             "[--out DIR]\n"
             "       gtddp bench scaling --join DIR [--json]"
         ),
         description=(
-            "Measure on this machine, with random images (bench.image, bench.classes). pipeline: a step on ranks, "
+            "Measure on this machine, with random images (bench.image, bench.classes). step: all optimizers "
+            "(bench.optimizers) side by side in one process, as ratios to torch's SGD. gram: every way to a layer's "
+            "Gram matrix. memory: peaks of a step (bench.batch_sizes). all: these three. pipeline: a step on ranks, "
             "beside DeepSpeed's own pipeline engine. stages: every stage, for plan.costs. scaling: "
             "a step on all grids that some number of ranks can make."
         ),
         epilog=_EXIT_CODES,
         allow_abbrev=False,
     )
-    bench.add_argument("what", choices=("pipeline", "stages", "scaling"), help="what to measure")
-    bench.add_argument("words", nargs="*", metavar="[CONFIG] [key=value ...]", help="default: the shipped config bench")
+    bench.add_argument(
+        "what", choices=("step", "gram", "memory", "all", "pipeline", "stages", "scaling"), help="what to measure"
+    )
+    bench.add_argument(
+        "words", nargs="*", metavar="[CONFIG] [key=value ...]", help="default: the shipped config bench-step or bench"
+    )
     bench.add_argument("--json", action="store_true", help="print JSON in place of a table")
     bench.add_argument(
         "--out", type=Path, metavar="DIR", help="folder that also gets the figures, with the environment"

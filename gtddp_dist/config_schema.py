@@ -15,6 +15,7 @@ from pydantic import AfterValidator, ConfigDict, Field, Strict, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
+from .bench.names import CONTENDERS
 from .registry import DATA_SETS, MODELS, OPTIMIZERS, nearest_first
 
 _GROUP = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
@@ -350,6 +351,10 @@ class BenchConfig:
     """Steps that are timed, of every contender in turn."""
     warmup: NonNegativeInt = 2
     """Steps before them that are not."""
+    optimizers: Annotated[tuple[Annotated[str, _known("contender", CONTENDERS)], ...], Strict(False)] | None = None
+    """step, memory, all: what is measured beside torch's SGD; null: all contenders."""
+    batch_sizes: IntList | None = None
+    """memory: batch sizes; null: train.batch_size."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)

@@ -20,6 +20,7 @@ from .groups import RecursionGroup, StepSamples, recursion_groups
 from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .nonfinite import Source
 from .options import PAPER, Options
+from .phases import in_phase
 from .step import Grads, Step
 from .sweep import Value
 from .terminal import exact_cotangents, sampled_cotangents
@@ -322,12 +323,14 @@ class GTDDP(torch.optim.Optimizer):
             raise StepError("GradScaler.unscale_ was called before step(): give GTDDP(grad_scaler=scaler)")
         return self._grad_scaler.get_scale()
 
+    @in_phase("weight-gradient")
     def mean_gradient(self, work: Step, player: Player) -> Grads:
         """A player's part in the mean gradient with capture="weighted", of the samples of ``work``; nothing where it is
         formed with the correction."""
         samples = None if work.absorbs(player) else work.samples.of(player, "gradient")
         return {} if samples is None else samples.weighted(work.mean_weights())
 
+    @in_phase("weight-gradient")
     def fill_gradients(self, work: Step, formed: Mapping[int, Grads] | None = None) -> None:
         """The step's mean gradient by parameter name, clipped; left out where it is formed with the correction.
 

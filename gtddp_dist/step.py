@@ -23,6 +23,7 @@ from .diagnostics import Gains, StepFacts
 from .errors import StepError
 from .groups import RecursionGroup, StepSamples
 from .options import Options
+from .phases import in_phase, phase
 from .players import PlayerSamples
 from .sweep import Policy, Value, backward_stage, forward_stage, terminal_value
 from .trajectory import LiveValue, Player, Trajectory, floating_tensors
@@ -118,6 +119,7 @@ class Step:
             for g in self.groups
         ]
 
+    @in_phase("gram")
     def prepare(self) -> None:
         """Gram matrices of all players, where the sweep's metric does not depend on this step."""
         for player in self.trajectory.players:
@@ -127,6 +129,7 @@ class Step:
             if samples is not None and metric is not None:
                 self.gains[player.index] = self._of_groups(player, samples, metric)
 
+    @in_phase("sweep")
     def backward(self, after: list[Value] | None = None) -> list[Value]:
         """Value functions from the last cut to the first, a policy for every player on the way (Eq. 13-19).
 
@@ -143,6 +146,7 @@ class Step:
             self.values[player.index] = values
         return values
 
+    @in_phase("sweep")
     def _swept(self, player: Player, values: list[Value]) -> list[Value]:
         gains = self.gains.get(player.index)
         if gains is None:
@@ -179,12 +183,14 @@ class Step:
     def _by_sample(self) -> bool:
         return self.options.value_hessian == "block_diagonal"
 
+    @in_phase("gram")
     def _of_groups(self, player: Player, samples: PlayerSamples, metric: Metric) -> list[Gains]:
         # The step needs S^T v later: what is formed for the Gram matrices is kept for it.
         samples = metric.formed(samples, max(group.samples for group in self.groups) * self.rows)
         self.samples.keep_formed(player, self.stream, samples)
         return [self._gains(player, samples.rows(g.rows_of(self.rows)), g, metric) for g in self.groups]
 
+    @in_phase("curvature")
     def _sweep_metric(self, player: Player, samples: PlayerSamples | None, values: list[Value]) -> Metric | None:
         """The metric of the sweep at one player; None where there are no statistics yet."""
         controls = self.controls_of(player)
@@ -196,6 +202,7 @@ class Step:
         """Statistics as far as they are known: of this step, else of the steps before."""
         return {name: self.statistics.get(name, controls.state[name]) for name in controls.parameters}
 
+    @in_phase("curvature")
     def _new_statistics(
         self, player: Player, samples: PlayerSamples | None = None, values: list[Value] | None = None
     ) -> None:
@@ -270,6 +277,7 @@ class Step:
                 self.act(player, *self.collect(player))
         self.facts.finish(self.groups, phis, self.options)
 
+    @in_phase("curvature")
     def complete_statistics(self) -> None:
         """Statistics made of samples, as far as the sweep has not made them; changes no weight.
 
@@ -280,16 +288,18 @@ class Step:
             return
         waiting: list[tuple[Player, Begun]] = []
         for player in self.trajectory.players:
-            evidence = None if player.controls().keys() <= self.statistics.keys() else self._evidence(player)
-            if evidence is not None:
-                begun = self.curvature.begin(self.controls_of(player), evidence)
-                if begun.waits:
-                    waiting.append((player, begun))
-                else:
-                    self.statistics.update(begun.finish(evidence.samples))
+            with phase("curvature", player):
+                evidence = None if player.controls().keys() <= self.statistics.keys() else self._evidence(player)
+                if evidence is not None:
+                    begun = self.curvature.begin(self.controls_of(player), evidence)
+                    if begun.waits:
+                        waiting.append((player, begun))
+                    else:
+                        self.statistics.update(begun.finish(evidence.samples))
         for player, begun in waiting:  # each replica has its part of the decompositions by now
             self.statistics.update(begun.finish(self.samples.of(player, self.curvature.stream)))
 
+    @in_phase("update")
     def update_plain(self) -> None:
         """The base update of the parameters that belong to no player."""
         plain = {name: self.grads[name] for name in self.trajectory.plain_parameters if name in self.grads}
@@ -297,6 +307,7 @@ class Step:
             controls = self.controls_of(None)
             self._update(controls, plain, {}, self.curvature.statistics(controls, Evidence(plain, None)))
 
+    @in_phase("sweep")
     def feedback(self, phis: list[Tensor]) -> list[Tensor]:
         """Every player's weights, with the linear rollout's feedback.
 
@@ -310,6 +321,7 @@ class Step:
             phis = self._decide(player, phis)
         return phis
 
+    @in_phase("sweep")
     def _decide(self, player: Player, phis: list[Tensor]) -> list[Tensor]:
         """One player's v from its policy; the feedback after it, linearly."""
         if player.index not in self.policies:
@@ -323,6 +335,7 @@ class Step:
         self.weights[player.index] = torch.cat(weights)
         return after
 
+    @in_phase("rollout")
     def roll_out(
         self, lives: list[tuple[LiveValue, ...]], phis: list[Tensor]
     ) -> tuple[list[tuple[LiveValue, ...]], list[Tensor]]:
@@ -348,6 +361,7 @@ class Step:
                 phis = self.real_feedback(player.index + 1, lives)
         return lives, phis
 
+    @in_phase("weight-gradient")
     def collect(self, player: Player) -> tuple[Grads, Grads]:
         """What the samples add to a player's control: its gradient, where that is formed here, and S^T v.
 
@@ -364,6 +378,7 @@ class Step:
             return {}, samples.weighted(averaged)
         return {}, {}
 
+    @in_phase("update")
     def act(self, player: Player, gradient: Grads, correction: Grads) -> None:
         """Take one player's control, given what :meth:`collect` found, summed over replicas."""
         controls = self.controls_of(player)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_dist import curvature
+from gtddp_dist.bench.memory import step_cost
 from gtddp_dist.bench.scaling import grids
 from gtddp_dist.bench.scaling_report import Row, read_grids, scaled
 from gtddp_dist.bench.stages import run_stages
@@ -381,3 +382,65 @@ def test_the_job_script_on_gpus_and_with_a_grid_that_fails(tmp_path: Path) -> No
 def test_the_job_script_needs_slurm(tmp_path: Path) -> None:
     code, calls, errors = sbatch(tmp_path, [])
     assert code == 2 and not calls and "start it with sbatch" in errors
+
+
+# ----------------------------------------------------------------------------------------------------------
+# step, gram, memory
+
+
+ALONE = (*SMALL, "train.batch_size=8", "optimizer.scope=4", "bench.optimizers=[gtddp-sgd,gtddp-ekfac]")
+
+
+def test_all_contenders_beside_sgd(tmp_path: Path) -> None:
+    done = gtddp("bench", "all", *ALONE, "--json", "--out", str(tmp_path))
+    told = json.loads(done.stdout)
+    rows = {row["optimizer"]: row for row in told["rows"]}
+    assert list(rows) == ["sgd", "gtddp-sgd", "gtddp-ekfac"]
+    assert rows["sgd"]["time_ratio_to_sgd"] == rows["sgd"]["memory_ratio_to_sgd"] == 1
+    assert rows["sgd"]["flops_ratio_to_sgd"] == 1 < rows["gtddp-sgd"]["flops_ratio_to_sgd"]
+    for row in rows.values():
+        assert 0 < row["fastest_ratio"] <= row["time_ratio_to_sgd"] <= row["slowest_ratio"]
+        assert row["tensor_bytes"] > 0 and row["peak_bytes"] > 0
+    # Steps with new factors and bases count as often as they come.
+    by_kind = rows["gtddp-ekfac"]["seconds_by_kind"]
+    amortised = 0.9 * by_kind["plain"] + 0.09 * by_kind["factors"] + 0.01 * by_kind["bases"]
+    assert rows["gtddp-ekfac"]["seconds"] == pytest.approx(amortised)
+    # Every counted operation belongs to a phase.
+    for name, row in rows.items():
+        assert sum(p["flops"] for p in told["profile"] if p["optimizer"] == name) == pytest.approx(row["flops"])
+    of = {(p["optimizer"], p["phase"]) for p in told["profile"] if p["seconds"] > 0}
+    common = {"forward", "input-gradient", "gram", "sweep", "weight-gradient", "update"}
+    assert {phase for name, phase in of if name == "gtddp-sgd"} >= common
+    assert {phase for name, phase in of if name == "gtddp-ekfac"} >= common | {"curvature"}
+    assert {phase for name, phase in of if name == "sgd"} == {"forward", "backward", "update"}
+    for layer in {way["layer"] for way in told["gram"]}:
+        ways = [way for way in told["gram"] if way["layer"] == layer]
+        assert [way["cost"] for way in ways if way["chosen"]] and sum(way["chosen"] for way in ways) == 1
+        assert all(way["seconds"] > 0 and way["flops"] > 0 for way in ways if way["chosen"])
+    assert [(m["optimizer"], m["batch_size"]) for m in told["memory"]] == [(name, 8) for name in rows]
+    kept = json.loads((tmp_path / "all.json").read_text())
+    assert kept["rows"] == told["rows"] and len(kept["load_before"]) == 3
+
+
+def test_cost_of_one_optimizer_grows_with_the_batch() -> None:
+    config = load_config("bench-step", ALONE)
+    small, large = (step_cost(config, "gtddp-sgd", size) for size in (4, 16))
+    assert (small.batch_size, large.batch_size) == (4, 16)
+    assert 0 < small.fastest <= small.seconds <= small.slowest
+    # Activations and what is made of them, over parameters that both have; 4 times as many samples.
+    assert 1.5 * small.tensor_bytes < large.tensor_bytes < 4.5 * small.tensor_bytes
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("step", "parallel.pipe=2"), "parallel.pipe=2: bench step measures one process"),
+        (("step", "train.dtype=float16", "optimizer.capture=gradient"), "take float32 or bfloat16"),
+        (("memory", "bench.optimizers=[sdg]"), "one of the contenders (nearest first): sgd"),
+        (("gram", "--ranks", "2"), "--ranks: bench gram measures one process"),
+    ],
+)
+def test_bad_requests_in_one_process(words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    what, *rest = words
+    assert main(["bench", what, *ALONE, *rest]) == BAD_INPUT
+    assert message in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -15,17 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..build import base_optimizer, plain_parts
-from ..config_schema import Config, OptimizerConfig
+from ..config_schema import Config
 from ..parts import new_optimizer_of
 from ..pipeline.engine import quiet
 from ..pipeline.grid import Grid
 from ..pipeline.initialize import Engine
 from ..pipeline.plan import expected, stage_costs
-from ..registry import OPTIMIZERS
 from ..tracing import trace
 from ..training_step import Precision
 from ..trajectory import LiveValue, Stage, Trajectory
-from .subject import described, micro_batch_of, new_model
+from .subject import described, micro_batch_of, new_model, with_optimizer
 
 
 class Contender(Protocol):
@@ -36,12 +34,6 @@ class Contender(Protocol):
     def step(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
         """One step on this replica's micro-batches; the loss before it."""
         ...
-
-
-def with_optimizer(config: Config, name: str) -> Config:
-    """The same with another optimizer, as far as that takes the options of the configured one."""
-    options = {option: getattr(config.optimizer, option) for option in OPTIMIZERS[name].options}
-    return dataclasses.replace(config, optimizer=OptimizerConfig(name=name, **options))
 
 
 class Ours:

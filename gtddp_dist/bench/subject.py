@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..build import plain_parts
-from ..config_schema import Config
+from ..config_schema import Config, OptimizerConfig
 from ..errors import UserError
 from ..launch import Ranks
 from ..pipeline.company import Place
 from ..pipeline.costs import balanced_cuts, check_cuts
 from ..pipeline.grid import Grid, Shape
 from ..pipeline.plan import Subject, describe, stage_costs
-from ..registry import MODELS, load_object
+from ..registry import MODELS, OPTIMIZERS, load_object
 from ..tracing import trace
 from ..training_step import Precision
 from ..trajectory import Trajectory
@@ -29,6 +30,14 @@ def new_model(config: Config) -> nn.Module:
     build = load_object(MODELS[config.model.name].builder)
     model: nn.Module = build(config.model, in_channels=channels, classes=config.bench.classes, image_size=height)  # type: ignore[operator]
     return model.to(Precision(config.train.dtype, torch.device("cpu")).dtype)
+
+
+def with_optimizer(config: Config, name: str, **options: object) -> Config:
+    """The same with another optimizer, as far as that takes the options of the configured one; ``options`` count over
+    these."""
+    taken = {option: getattr(config.optimizer, option) for option in OPTIMIZERS[name].options}
+    optimizer = OptimizerConfig(name=name, **{**taken, **options})
+    return dataclasses.replace(config, optimizer=optimizer)
 
 
 def micro_batch_of(config: Config) -> int:

@@ -232,7 +232,7 @@ class _StageRun:
 
         handles = [module.register_forward_hook(self._seen(name)) for name, module in self.player.modules.items()]
         try:
-            with _counter() as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
+            with flop_counter() as counter, saved_tensors_hooks(keep, lambda tensor: tensor):
                 self.after = run(live)
         finally:
             for handle in handles:
@@ -317,7 +317,8 @@ class _StageRun:
 _BACKWARD = torch.ops.aten.convolution_backward
 
 
-def _counter() -> FlopCounterMode:
+def flop_counter() -> FlopCounterMode:
+    """torch's counter of the operations of matrix products and convolutions, right for grouped weight-gradients."""
     return FlopCounterMode(display=False, custom_mapping={_BACKWARD: _convolution_backward})
 
 
@@ -335,7 +336,7 @@ _convolution_backward._get_raw = True  # type: ignore[attr-defined]  # torch han
 
 
 def _count(run: Callable[[], object]) -> float:
-    with _counter() as counter:
+    with flop_counter() as counter:
         run()
     return float(counter.get_total_flops())
 

@@ -107,9 +107,13 @@ class AffineGradients(SampleGradients):
 
     def cheapest_path(self, samples: int) -> GramPath:
         """The cheapest way to the Gram matrix of the weight for that many samples, by counted work."""
-        costs: dict[GramPath, int] = {"materialise": formed_cost(*self._sizes(samples), FORMED_PASSES)}
-        costs |= self._pair_costs(samples)
+        costs = self.path_costs(samples)
         return min(costs, key=costs.__getitem__)
+
+    def path_costs(self, samples: int) -> dict[GramPath, int]:
+        """What every way to that matrix costs."""
+        costs: dict[GramPath, int] = {"materialise": formed_cost(*self._sizes(samples), FORMED_PASSES)}
+        return costs | self._pair_costs(samples)
 
     def _sizes(self, samples: int) -> tuple[int, int, int, int]:
         """B, L, I, O of a channel group."""
