@@ -33,7 +33,7 @@ COVERED = {
     "pip install -c constraints/cpu.txt -e .": "`make venv` installs the same, with the extras for tests and lint",
     "pip install -c constraints/cpu.txt -e '.[cluster]'": "`make venv` installs the same",
     "make test": "another part of .ci/run",
-    "gtddp reproduce all --quick data.name=digits --out runs/quick": "tests/test_reproduce.py runs it, and reads its pages",
+    "gtddp reproduce all --quick data.name=digits --out runs/quick": "tests/test_reproduce.py runs it",
 }
 """Blocks that are run elsewhere, and where."""
 

@@ -1,6 +1,8 @@
 """Set-up of all tests."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,17 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Which tests stay in one process: those of a file, which share ranks, and all that use the one local Slurm."""
     for item in items:
         folder, file = Path(item.path).parent.name, item.path.name
         item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
+
+
+@pytest.fixture(autouse=True)
+def _small_numbers() -> Iterator[None]:
+    """A run makes its process count the smallest numbers as zero; other tests, hypothesis's above all, need them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)

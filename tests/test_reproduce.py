@@ -41,13 +41,15 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def cells_of(line: str) -> list[str]:
+    """The cells of a line of a Markdown table, in which a bar within a cell is escaped."""
+    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
 def tables_of(page: str) -> list[tuple[list[list[str]], str]]:
     """The tables of a page as rows of cells, each with the CSV file that is named below it."""
     found = re.findall(r"((?:^\|.*\|\n)+)\n\(\[(.*?\.csv)\]", page, flags=re.M)
-    return [
-        ([[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().split("\n")], file)
-        for text, file in found
-    ]
+    return [([cells_of(line) for line in text.strip().split("\n")], file) for text, file in found]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

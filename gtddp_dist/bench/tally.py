@@ -5,6 +5,7 @@ Only tensors that torch's dispatcher sees count; memory that a kernel takes for 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,12 @@ class Counts:
 
 
 def counted(work: Callable[[], object]) -> Counts:
-    """Does the work, and counts it."""
-    with Tally() as tally, flop_counter() as counter:
-        work()
+    """Does the work, and counts it; the garbage collector, whose time is chance, is off meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        with Tally() as tally, flop_counter() as counter:
+            work()
+    finally:
+        gc.enable()
     return Counts(int(counter.get_total_flops()), tally.allocated, tally.peak)

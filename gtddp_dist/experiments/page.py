@@ -53,10 +53,12 @@ class Table:
     def markdown(self) -> str:
         """The table of the page."""
         rows = [
-            [_shown(cell, form) for cell, form in zip(row, self.columns.values(), strict=True)] for row in self.rows
+            [_escaped(_shown(cell, form)) for cell, form in zip(row, self.columns.values(), strict=True)]
+            for row in self.rows
         ]
+        head = [_escaped(name) for name in self.columns]
         align = ["right" if form else "left" for form in self.columns.values()]
-        return tabulate(rows, list(self.columns), tablefmt="github", disable_numparse=True, colalign=align)
+        return tabulate(rows, head, tablefmt="github", disable_numparse=True, colalign=align)
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,11 @@ def number_of(cell: Cell) -> float:
     """A cell that holds a number."""
     assert isinstance(cell, int | float), cell
     return float(cell)
+
+
+def _escaped(text: str) -> str:
+    """As a cell of a Markdown table."""
+    return text.replace("|", "\\|")
 
 
 def _shown(cell: Cell, form: str) -> str:
