@@ -9,7 +9,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed-$(notdir $(CONSTRAINTS))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test test-slurm test-all campaign lint clean
+.PHONY: help venv train test test-most test-slurm test-all campaign lint clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,9 +27,11 @@ venv: $(STAMP)  ## create .venv with everything that training, tests and lint ne
 train: $(STAMP)  ## train the small residual network on DIGITS, and the base optimizer beside it
 	$(VENV)/bin/gtddp train digits-ekfac run.baseline=true
 
-# tests/conftest.py says which tests stay in one process.
-test: $(STAMP)  ## run every test, in as many processes as there are cores
-	$(VENV)/bin/python -m pytest -n auto --dist loadgroup $(PYTEST)
+test: test-most test-slurm  ## run every test
+
+# Tests of a file share ranks that are started once, so they stay in one process.
+test-most: $(STAMP)  ## run the tests but for those on Slurm, in as many processes as there are cores
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --ignore=tests/slurm $(PYTEST)
 
 test-slurm: $(STAMP)  ## run the tests on a real Slurm alone (as root; installs Debian's packages of it)
 	$(VENV)/bin/python -m pytest tests/slurm $(PYTEST)

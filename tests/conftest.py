@@ -3,21 +3,12 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 # Small nets: one thread is faster than several, and results do not depend on the machine. torch reads this when
 # it is imported, and so do the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay in one process: those of a file, which share ranks, and all that use the one local Slurm."""
-    for item in items:
-        folder, file = Path(item.path).parent.name, item.path.name
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder == "slurm" else file))
 
 
 @pytest.fixture(autouse=True)
