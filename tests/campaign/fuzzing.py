@@ -9,6 +9,8 @@ import random
 import tempfile
 from pathlib import Path
 
+import torch
+
 from .part import Case, Kind, Part, Row
 
 IN_PROCESS, QUICK_IN_PROCESS, BLOCK = 980, 98, 98
@@ -38,6 +40,7 @@ def command_lines(seed: int, count: int, processes: bool, folder: Path) -> Row:
             found = fuzz.problem(command, answer, Path(here))
             assert not found, f"{command}: {found}"
 
+    torch.set_flush_denormal(False)  # runs of other parts, in this process, have set it; hypothesis draws such numbers
     draw = settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     problem = ""
     try:
