@@ -44,8 +44,6 @@ class StepFacts:
 
     players: dict[int, list[_GroupFacts]] = field(default_factory=dict)
     predicted_decrease: Tensor | None = None
-    failed_at: int | None = None
-    """The player whose backward step failed on a Gram matrix that is not finite."""
 
     def add(self, player: int, gains: Gains, report: StageReport, group: RecursionGroup) -> None:
         """Note a player's backward step for one group."""

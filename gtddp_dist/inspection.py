@@ -75,9 +75,7 @@ class Inspector:
 
     def value(self, cut: int, group: int) -> ExplicitValue:
         """See :meth:`gtddp_dist.GTDDP.value`."""
-        if cut not in self.values:
-            raise OptionError(f"value: cut {cut} is not one of 0 to {len(self.trajectory.stages)}, or had no sweep")
-        value, members = self.values[cut][group], self.groups[group]
+        value, members = self.sample_value(cut, group), self.groups[group]
         loss_slopes, live = self._slopes(cut, members, "gradient")
         slopes, _ = self._slopes(cut, members, self.stream)
         self._guard(loss_slopes.numel() ** 2)
@@ -92,7 +90,7 @@ class Inspector:
     def sample_value(self, cut: int, group: int) -> Value:
         """See :meth:`gtddp_dist.GTDDP.sample_value`."""
         if cut not in self.values:
-            raise OptionError(f"sample_value: cut {cut} is not one of 0 to {len(self.trajectory.stages)}")
+            raise OptionError(f"value: cut {cut} is not one of 0 to {len(self.trajectory.stages)}, or had no sweep")
         return self.values[cut][group]
 
     def policy(self, player: int, group: int) -> ExplicitPolicy:

@@ -97,7 +97,6 @@ def in_step(
         for player, groups in one.players.items()
         if not all(_finite(group.gains.gram) for group in groups)
     ]
-    grams += [one.failed_at for one in facts if one.failed_at is not None]
     return Source(Kind.GRAM, f"the Gram matrix of stage {max(grams)}") if grams else None
 
 

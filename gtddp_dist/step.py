@@ -6,7 +6,6 @@ one step's working data; nothing of it outlives the step, unless it is inspected
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -157,22 +156,14 @@ class Step:
             gains = self._of_groups(player, samples, metric)
         policies, before = [], []
         for group, value, own in zip(self.groups, values, gains, strict=True):
-            try:
-                policy, value_before, report = backward_stage(
-                    value,
-                    own.gram,
-                    own.response,
-                    proximal=self.options.control_hessian == "proximal",
-                    guard=self.options.replace_guard,
-                    block=self.rows if self._by_sample else None,
-                )
-            except torch.linalg.LinAlgError:
-                if all(bool(torch.isfinite(x).all()) for x in (own.gram, own.response, value.slope, value.curvature)):
-                    raise
-                # As the algebra that does not fail on it: the step is refused for a value that is not finite.
-                if self.facts.failed_at is None:
-                    self.facts.failed_at = player.index
-                return [Value(*map(torch.full_like, (v.slope, v.curvature), (math.nan,) * 2)) for v in values]
+            policy, value_before, report = backward_stage(
+                value,
+                own.gram,
+                own.response,
+                proximal=self.options.control_hessian == "proximal",
+                guard=self.options.replace_guard,
+                block=self.rows if self._by_sample else None,
+            )
             policies.append(policy)
             before.append(value_before)
             self.facts.add(player.index, own, report, group)

@@ -103,7 +103,7 @@ def backward_stage(
         radius = torch.full((), torch.nan, dtype=H.dtype, device=H.device)
     else:
         root = _root(M)
-        radius = _spectrum(_symmetric(_left(root, _right(H, root))))[0][-1].clamp(min=0)
+        radius = _largest_eigenvalue(_symmetric(_left(root, _right(H, root)))).clamp(min=0)
         if guard:
             M = M / radius.clamp(min=1)
 
@@ -169,13 +169,26 @@ def _symmetric(x_BB: Tensor) -> Tensor:
 
 
 def _spectrum(symmetric_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors; NaN for a matrix that is not finite, where torch.linalg would raise.
+    """Eigenvalues and eigenvectors; NaN for a matrix that is not finite."""
+    solvable, factor = _solvable(symmetric_BB)
+    eigenvalues, vectors = torch.linalg.eigh(solvable)
+    return factor * eigenvalues, vectors
 
-    "replace" is not bounded, so M can overflow. The step is refused for it as for any other value that is not finite.
+
+def _largest_eigenvalue(symmetric_BB: Tensor) -> Tensor:
+    """NaN for a matrix that is not finite."""
+    solvable, factor = _solvable(symmetric_BB)
+    return factor * torch.linalg.eigvalsh(solvable)[-1]
+
+
+def _solvable(x_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix and 1; zeros and NaN where it is not finite, on which torch.linalg would raise.
+
+    A Gram matrix can be that, and M can overflow, since "replace" is not bounded. The step is refused for it as for any
+    other value that is not finite.
     """
-    finite = torch.isfinite(symmetric_BB).all()
-    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite, symmetric_BB, 0.0))
-    return torch.where(finite, eigenvalues, torch.nan), vectors
+    finite = torch.isfinite(x_BB).all()
+    return torch.where(finite, x_BB, 0.0), torch.where(finite, 1.0, torch.nan).to(x_BB.dtype)
 
 
 def _root(M: Tensor) -> Tensor:

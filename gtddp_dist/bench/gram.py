@@ -13,7 +13,7 @@ from ..config_schema import Config
 from ..groups import StepSamples
 from ..optimizer import GTDDP
 from ..players import AffineGradients, FormedGradients, GramPath
-from .memory import now
+from .meters import now
 from .single import Contender, batch
 from .tally import counted
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
 from ..config_schema import Config
+from ..environment import prepare_cpu
+from .meters import now, peak_above
 from .single import Contender, batch, check
 from .tally import counted
 
@@ -65,14 +63,14 @@ def step_cost(config: Config, optimizer: str, batch_size: int) -> StepCost:
 
 
 def _cost(config: Config, name: str, threads: int) -> StepCost:
-    torch.set_num_threads(threads)
+    prepare_cpu(threads)
     contender = Contender(config, name)
     images, labels = batch(config, contender.device, seed=0)
-    peak_above = _memory(contender.device)
+    peak = peak_above(contender.device)
     contender.step(images, labels)
     for _ in range(max(config.bench.warmup, 1)):
         contender.step(images, labels, contender.kinds[0])
-    peak = peak_above()
+    peak_bytes = peak()
     seconds = []
     for _ in range(config.bench.steps):
         started = now(contender.device)
@@ -85,31 +83,6 @@ def _cost(config: Config, name: str, threads: int) -> StepCost:
         statistics.median(seconds),
         min(seconds),
         max(seconds),
-        peak,
+        peak_bytes,
         counts.peak_bytes,
     )
-
-
-def now(device: torch.device) -> float:
-    """A clock that waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _memory(device: torch.device) -> Callable[[], int]:
-    """From now on: the peak over the present level."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        level = torch.cuda.memory_allocated(device)
-        return lambda: torch.cuda.max_memory_allocated(device) - level
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is the present level again
-    level = _kilobytes(status, "VmRSS")
-    return lambda: (_kilobytes(status, "VmHWM") - level) * 1024
-
-
-def _kilobytes(status: Path, name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", status.read_text(), flags=re.MULTILINE)
-    assert found is not None
-    return int(found[1])

@@ -11,18 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tabulate import tabulate
 
 from ..checkpoint import JSON
 from ..config_schema import Config
-from ..environment import describe_environment
+from ..environment import describe_environment, prepare_cpu
 from ..errors import OK
 from ..files import write_text_atomically
 from ..optimizer import GTDDP
 from ..pipeline.counting import flop_counter
 from .gram import gram_ways
-from .memory import StepCost, now, step_cost
+from .memory import StepCost, step_cost
+from .meters import now
 from .names import REFERENCE, chosen
 from .single import Contender, Kind, batch, check
 
@@ -94,8 +94,7 @@ def run_bench(config: Config, what: What, *, as_json: bool, out: Path | None) ->
         UserError: a configuration that one process does not measure, or steps that are not finite.
     """
     check(config)
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    prepare_cpu(config.train.threads)
     names = chosen(config.bench.optimizers)
     load = os.getloadavg()
     cost_of = functools.cache(functools.partial(step_cost, config))  # rows and memory have the same processes

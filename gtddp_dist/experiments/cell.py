@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from .page import Cell as TableCell
-from .page import Table
-from .plan import Plan, Settings, seeds_of
+from .page import Table, TableCell
+from .plan import Plan, Settings
 from .statistics import Spread
 from .training import Trained, training
 from .unit import Results, Unit
@@ -19,7 +18,7 @@ TRAINS_SHARE = 0.9
 
 def units_of(plan: Plan, *parts: Settings, seeds: Sequence[int] | None = None) -> list[Unit]:
     """A training for each seed (None: the plan's)."""
-    return [training(plan, *parts, {"train.seed": seed}) for seed in (seeds_of(plan) if seeds is None else seeds)]
+    return [training(plan, *parts, {"train.seed": seed}) for seed in (range(plan.seeds) if seeds is None else seeds)]
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,14 @@ class Cell:
         return Spread.of([run.val_accuracy for run in self.runs])
 
     @property
+    def training(self) -> int:
+        """How many of the runs train."""
+        return sum(run.trains for run in self.runs)
+
+    @property
     def share_that_trains(self) -> float:
         """Of the runs."""
-        return sum(run.trains for run in self.runs) / len(self.runs)
+        return self.training / len(self.runs)
 
     @property
     def trains(self) -> bool:
@@ -65,9 +69,9 @@ class Cell:
         return loss.diverged, float("inf") if loss.mean is None else loss.mean
 
     def mean_curve(self, name: str) -> tuple[list[int], list[float], list[float]]:
-        """Steps, and mean and deviation over the runs, as far as all of them have finite values there."""
-        curves = [dict(zip(*run.curve(name), strict=True)) for run in self.runs]
-        steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+        """Steps, and mean and deviation over the runs that stayed finite."""
+        curves = [dict(zip(*run.curve(name), strict=True)) for run in self.runs if not run.diverged]
+        steps = [step for step in curves[0] if all(step in curve for curve in curves)] if curves else []
         values = [[curve[step] for curve in curves] for step in steps]
         return steps, [fmean(v) for v in values], [stdev(v) if len(v) > 1 else 0.0 for v in values]
 

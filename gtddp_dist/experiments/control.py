@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from ..registry import DATA_SETS
 from .bases import BASES, gtddp
-from .page import Cell, Findings, Table
-from .plan import Plan, Settings, loss_of_guessing, seeds_of
-from .statistics import Spread
+from .cell import TRAINS_SHARE, Cell, units_of
+from .page import Findings, Rows, Table, TableCell
+from .plan import Plan, Settings, loss_of_guessing
+from .robustness import rounded
 from .training import Trained, training
 from .unit import Results, Unit
 
@@ -51,7 +50,7 @@ ROLLOUTS: Mapping[str, str] = {"linear": "stage-wise Newton (linear rollout)", "
 FACTORS = (1.0, 3.0, 10.0, 30.0)
 """Rates of GT-DDP on SGD, over SGD's good one."""
 STEPS = 100
-SHARE_THAT_TRAINS = 0.9
+_LOSS = "train/loss"
 
 
 class Control:
@@ -84,7 +83,7 @@ class Control:
     def trials(self, plan: Plan, start: str, method: str) -> list[Unit]:
         """Every setting of a method from a start, with a seed of its own."""
         given = TRIALS[method][1:3] if plan.quick else TRIALS[method]
-        return [training(plan, *self._common(plan, start, TUNING_SEED), trial) for trial in given]
+        return [training(plan, self._common(plan, start), trial, {"train.seed": TUNING_SEED}) for trial in given]
 
     def best(self, plan: Plan, results: Results, start: str, method: str) -> Settings:
         """The setting with the lowest training loss."""
@@ -95,10 +94,7 @@ class Control:
     def finals(self, plan: Plan, results: Results) -> dict[tuple[str, str], list[Unit]]:
         """Start and method -> its best setting, by seed."""
         return {
-            (start, method): [
-                training(plan, *self._common(plan, start, seed), self.best(plan, results, start, method))
-                for seed in seeds_of(plan)
-            ]
+            (start, method): units_of(plan, self._common(plan, start), self.best(plan, results, start, method))
             for start, method in self._pairs(plan)
         }
 
@@ -108,8 +104,9 @@ class Control:
         return {
             (start, method): training(
                 plan,
-                *self._common(plan, start, TUNING_SEED + 1),
+                self._common(plan, start),
                 self.best(plan, results, start, method),
+                {"train.seed": TUNING_SEED + 1},
                 few,
                 alone=True,
             )
@@ -120,16 +117,14 @@ class Control:
         """Form, rollout and rate -> trainings, by seed."""
         found = {}
         for form, rollout, factor in itertools.product(FORMS, ROLLOUTS, FACTORS[:1] if plan.quick else FACTORS):
-            rate = float(f"{BASES['sgd'] * factor:.3g}")
+            rate = rounded(BASES["sgd"] * factor)
             options = {"rollout": rollout} | ({"preset": "paper"} if form == "paper" else {})
-            found[form, rollout, rate] = [
-                training(plan, *self._common(plan, "ordinary", seed), gtddp("sgd", rate, **options))
-                for seed in seeds_of(plan)
-            ]
+            found[form, rollout, rate] = units_of(plan, self._common(plan, "ordinary"), gtddp("sgd", rate, **options))
         return found
 
-    def _common(self, plan: Plan, start: str, seed: int) -> tuple[Settings, Settings]:
-        network: Settings = {
+    def _common(self, plan: Plan, start: str) -> Settings:
+        steps = plan.pick(STEPS, 3)
+        return {
             "model.name": "plain-net",
             "model.blocks": 1,
             "model.width": 4,
@@ -137,24 +132,20 @@ class Control:
             "model.batch_norm": False,
             "model.activation": "tanh",
             "model.init_scale": STARTS[start],
+            "train.steps": steps,
+            "train.batch_size": 32,
+            "log.every": plan.pick(5, 1),
+            "eval.every": steps,
         }
-        steps = plan.pick(STEPS, 3)
-        length = {"train.steps": steps, "train.batch_size": 32, "log.every": plan.pick(5, 1), "eval.every": steps}
-        return network, {**length, "train.seed": seed}
 
     def findings(self, plan: Plan, results: Results) -> Findings:
-        runs = {
-            cell: [Trained(unit, results.of(unit)) for unit in units]
-            for cell, units in self.finals(plan, results).items()
-        }
+        runs = {key: Cell.of(units, results) for key, units in self.finals(plan, results).items()}
         seconds = {
             cell: Trained(unit, results.of(unit)).seconds_per_step for cell, unit in self.timings(plan, results).items()
         }
-        steady = {
-            cell: [Trained(unit, results.of(unit)) for unit in units] for cell, units in self.stability(plan).items()
-        }
+        steady = {key: Cell.of(units, results) for key, units in self.stability(plan).items()}
         best = {cell: self.best(plan, results, *cell) for cell in runs}
-        half = loss_of_guessing(DATA_SETS[plan.data].classes) / 2
+        half = loss_of_guessing(plan.data) / 2
         main, stability = _main(runs, seconds, best, half), _stability(steady)
         rates = _largest_rates(stability)
         return Findings(
@@ -186,7 +177,7 @@ class Control:
     def _trials(self, plan: Plan, results: Results) -> Table:
         columns = {"start": "", "method": "", "setting": "", "train loss": ".4f", "diverged": ""}
         given = {method: (t[1:3] if plan.quick else t) for method, t in TRIALS.items()}
-        rows: list[list[Cell]] = []
+        rows: Rows = []
         for start, method in self._pairs(plan):
             for setting, unit in zip(given[method], self.trials(plan, start, method), strict=True):
                 run = Trained(unit, results.of(unit))
@@ -202,14 +193,8 @@ def _words(setting: Settings) -> str:
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
-def _mean_curve(members: Sequence[Trained]) -> tuple[list[int], list[float]]:
-    finite = [run.curve("train/loss") for run in members if not run.diverged]
-    steps = finite[0][0] if finite else []
-    return steps, [statistics.fmean(losses[i] for _, losses in finite) for i in range(len(steps))]
-
-
 def _main(
-    runs: Mapping[tuple[str, str], Sequence[Trained]],
+    runs: Mapping[tuple[str, str], Cell],
     seconds: Mapping[tuple[str, str], float],
     best: Mapping[tuple[str, str], Settings],
     half: float,
@@ -219,41 +204,40 @@ def _main(
         "validation accuracy (%)": ".1f", "trains": "d", "of": "d", "diverged": "d", "seconds per step": ".4f",
         "steps to the mark": "d", "seconds to the mark": ".2f",
     }  # fmt: skip
-    rows: list[list[Cell]] = []
-    for (start, method), members in runs.items():
-        loss = Spread.of([run.train_loss for run in members])
-        accuracy = Spread.of([run.val_accuracy for run in members])
-        steps = next((step for step, mean in zip(*_mean_curve(members), strict=True) if mean < half), None)
+    rows: Rows = []
+    for (start, method), cell in runs.items():
+        loss = cell.loss
+        steps = next((step for step, mean, _ in zip(*cell.mean_curve(_LOSS), strict=True) if mean < half), None)
         per_step = seconds[start, method]
         rows.append(
             [
-                start, NAMES[method], _words(best[start, method]), loss.mean, loss.deviation, accuracy.mean,
-                sum(run.trains for run in members), len(members), loss.diverged, per_step, steps,
+                start, NAMES[method], _words(best[start, method]), loss.mean, loss.deviation,
+                cell.accuracy.mean, cell.training, len(cell.runs), loss.diverged, per_step, steps,
                 None if steps is None else steps * per_step,
             ]
         )  # fmt: skip
     return Table("", "Each method at its own best", columns, rows)
 
 
-def _stability(steady: Mapping[tuple[str, str, float], Sequence[Trained]]) -> Table:
+def _stability(steady: Mapping[tuple[str, str, float], Cell]) -> Table:
     columns = {
         "options": "", "rollout": "", "rate": "g", "train loss": ".4f", "deviation": ".4f", "trains": "d", "of": "d",
         "diverged": "d",
     }  # fmt: skip
-    rows: list[list[Cell]] = []
-    for (form, rollout, rate), members in steady.items():
-        loss = Spread.of([run.train_loss for run in members])
-        trains = sum(run.trains for run in members)
-        rows.append([FORMS[form], rollout, rate, loss.mean, loss.deviation, trains, len(members), loss.diverged])
+    rows: Rows = []
+    for (form, rollout, rate), cell in steady.items():
+        loss = cell.loss
+        counts = (cell.training, len(cell.runs), loss.diverged)
+        rows.append([FORMS[form], rollout, rate, loss.mean, loss.deviation, *counts])
     return Table("stability", "Stage-wise Newton and DDP over rates", columns, rows)
 
 
 def _largest_rates(stability: Table) -> Table:
     columns = {"options": "", "rollout": "", "largest rate that trains": "g", "runs that train, all rates": "d"}
-    rows: list[list[Cell]] = []
+    rows: Rows = []
     for form, rollout in itertools.product(FORMS.values(), ROLLOUTS):
         mine = [row for row in stability.rows if row[:2] == [form, rollout]]
-        good = [cast(float, r[2]) for r in mine if cast(int, r[5]) >= SHARE_THAT_TRAINS * cast(int, r[6])]
+        good = [cast(float, r[2]) for r in mine if cast(int, r[5]) >= TRAINS_SHARE * cast(int, r[6])]
         rows.append([form, rollout, max(good, default=None), sum(cast(int, row[5]) for row in mine)])
     return Table("rates", "The largest rate at which nine of ten seeds train", columns, rows)
 
@@ -290,28 +274,28 @@ def _conclusion(main: Table, rates: Table) -> str:
     return " ".join(part.strip() for part in said)
 
 
-def _rate(cell: Cell) -> str:
+def _rate(cell: TableCell) -> str:
     return "none" if cell is None else f"{cell:g}"
 
 
-def _curves(runs: Mapping[tuple[str, str], Sequence[Trained]], seconds: Mapping[tuple[str, str], float]) -> Table:
+def _curves(runs: Mapping[tuple[str, str], Cell], seconds: Mapping[tuple[str, str], float]) -> Table:
     columns = {"start": "", "method": "", "step": "d", "seconds": ".3f", "train loss": ".4f"}
-    rows: list[list[Cell]] = [
+    rows: Rows = [
         [start, NAMES[method], step, step * seconds[start, method], loss]
-        for (start, method), members in runs.items()
-        for step, loss in zip(*_mean_curve(members), strict=True)
+        for (start, method), cell in runs.items()
+        for step, loss, _ in zip(*cell.mean_curve(_LOSS), strict=True)
     ]
     return Table("curves", "Training loss by step and second, mean over seeds", columns, rows, on_page=False)
 
 
-def _picture(runs: Mapping[tuple[str, str], Sequence[Trained]], seconds: Mapping[tuple[str, str], float]) -> Figure:
+def _picture(runs: Mapping[tuple[str, str], Cell], seconds: Mapping[tuple[str, str], float]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.4), layout="constrained")
     grid = figure.subplots(len(STARTS), 2, squeeze=False)
     for row, start in zip(grid, STARTS, strict=True):
         for method, (color, style) in LOOKS.items():
-            steps, losses = _mean_curve(runs[start, method])
+            steps, losses, _ = runs[start, method].mean_curve(_LOSS)
             row[0].plot(steps, losses, style, color=color, label=NAMES[method])
             row[1].plot([step * seconds[start, method] for step in steps], losses, style, color=color)
         row[1].set_xscale("log")

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, cast
 
-from .cost import cost
 from .page import Findings, Rows, Table, number_of
 from .plan import Plan, Settings
+from .timing import cost
 from .unit import Results, Unit
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from ..optimizer import GTDDP
 from ..parts import load_data
 from .bases import BASES
 from .dense import batch_jacobians, block_norms, off_diagonal_share, softmax_hessian, value_hessians
-from .page import Cell, Findings, Table
-from .plan import Plan, Settings, config_of, seeds_of
+from .page import Findings, Rows, Table, TableCell
+from .plan import Plan, Settings, config_of
 from .statistics import Spread
 from .unit import Result, Results, Unit
 
@@ -142,18 +142,18 @@ class Fig4:
                         "picture": seed == 0 and steps > 0,
                     },
                 )
-                for seed in seeds_of(plan)
+                for seed in range(plan.seeds)
             ]
             for norm, steps in itertools.product((False, True), (0, plan.pick(90, 5)))
         }
 
     def findings(self, plan: Plan, results: Results) -> Findings:
         cells = {cell: [results.of(unit) for unit in units] for cell, units in self.cells(plan).items()}
-        rows: list[list[Cell]] = []
-        runs: list[list[Cell]] = []
+        rows: Rows = []
+        runs: Rows = []
         for (norm, steps), found in cells.items():
             for index, cut in enumerate(cast(list[str], found[0]["cuts"])[:-1]):
-                cell: list[Cell] = [norm, steps, cut]
+                cell: list[TableCell] = [norm, steps, cut]
                 for form in FORMS:
                     share = Spread.of([_numbers(each, form, "share")[index] for each in found])
                     error = Spread.of([_numbers(each, form, "error")[index] for each in found])
@@ -223,11 +223,11 @@ def _numbers(found: Result, form: str, name: str) -> list[float]:
     return cast(Mapping[str, list[float]], found[form])[name]
 
 
-def _worst_of(rows: Sequence[Sequence[Cell]], norm: bool, column: int) -> float:
+def _worst_of(rows: Sequence[Sequence[TableCell]], norm: bool, column: int) -> float:
     return max(cast(float, row[column]) for row in rows if row[0] == norm)
 
 
-def _worst(rows: Sequence[Sequence[Cell]]) -> Table:
+def _worst(rows: Sequence[Sequence[TableCell]]) -> Table:
     columns = {"BatchNorm": "", "largest mean share, Q_uu = R": ".3f", "proximal": ".3f", "largest mean error": ".2g"}
     cells = [
         [norm, _worst_of(rows, norm, 3), _worst_of(rows, norm, 7), max(_worst_of(rows, norm, c) for c in (5, 9))]
@@ -236,7 +236,7 @@ def _worst(rows: Sequence[Sequence[Cell]]) -> Table:
     return Table("worst", "The largest of these means, over cuts and weights", columns, cells)
 
 
-def _conclusion(rows: Sequence[Sequence[Cell]]) -> str:
+def _conclusion(rows: Sequence[Sequence[TableCell]]) -> str:
     without, with_norm = (max(_worst_of(rows, norm, column) for column in (3, 7)) for norm in (False, True))
     error, norm_error = (max(_worst_of(rows, norm, column) for column in (5, 9)) for norm in (False, True))
     holds = with_norm < HALF and without < HALF
@@ -254,7 +254,7 @@ def _blocks(pictured: Mapping[bool, Result]) -> Table:
         "BatchNorm": "", "sample": "d", "class": "d", "other sample": "d", "other class": "d", "norm of the block": "",
         "M": "",
     }  # fmt: skip
-    rows: list[list[Cell]] = []
+    rows: Rows = []
     for norm, found in pictured.items():
         labels, picture = cast(list[int], found["labels"]), cast(Mapping[str, list[list[float]]], found["picture"])
         rows += [

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from . import robustness, table2
 from .bases import BASES, NAMES
 from .cell import Cell, described
-from .page import Cell as TableCell
-from .page import Findings, Rows, Table, number_of
+from .page import Findings, Rows, Table, TableCell, number_of
 from .plan import Plan
 from .statistics import p_of_spreads
 from .unit import Results, Unit

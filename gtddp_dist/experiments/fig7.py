@@ -79,9 +79,7 @@ class Fig7:
                 runs_table(("optimizer", "rate"), found.items()),
             ],
             figures={"": _picture(found)},
-            captions={
-                "": "Mean training loss over the seeds, a panel for each rate. A curve ends where a run diverged."
-            },
+            captions={"": "Mean training loss over the seeds, a panel for each rate, of the runs that stayed finite."},
         )
 
 

@@ -22,8 +22,8 @@ from ..optimizer import GTDDP
 from ..parts import build_model, load_data
 from ..training_step import Precision
 from .bases import BASES, gtddp
-from .page import Cell, Findings, Table
-from .plan import Plan, Settings, config_of, seeds_of
+from .page import Findings, Rows, Table, TableCell
+from .plan import Plan, Settings, config_of
 from .statistics import Spread
 from .training import trained_run, what_came_of
 from .unit import Result, Results, Unit
@@ -202,7 +202,7 @@ class Fig8:
                     "pairs": pairs,
                 },
             )
-            for seed in seeds_of(plan)
+            for seed in range(plan.seeds)
         ]
 
     def findings(self, plan: Plan, results: Results) -> Findings:
@@ -262,7 +262,7 @@ def _members(found: Sequence[Result]) -> list[list[Mapping[str, JSON]]]:
     return [cast(list[Mapping[str, JSON]], each["pairs"]) for each in found]
 
 
-def _runs(found: Sequence[Result]) -> list[list[Cell]]:
+def _runs(found: Sequence[Result]) -> Rows:
     return [
         [_name(pair), seed, label, *(cast(Mapping[str, float], pair[kind])[each] for each in ("cosine", "rank"))]
         for seed, pairs in enumerate(_members(found))
@@ -276,9 +276,9 @@ def _name(pair: Mapping[str, JSON]) -> str:
     return f"{a}/{b}"
 
 
-def _rows(pairs: Sequence[tuple[int, int]], found: Sequence[Result]) -> list[list[Cell]]:
+def _rows(pairs: Sequence[tuple[int, int]], found: Sequence[Result]) -> Rows:
     runs = _runs(found)
-    rows: list[list[Cell]] = []
+    rows: Rows = []
     for (a, b), label in itertools.product(pairs, KINDS.values()):
         mine = [run for run in runs if run[0] == f"{a}/{b}" and run[2] == label]
         cosine = Spread.of([cast(float, run[3]) for run in mine])
@@ -287,12 +287,12 @@ def _rows(pairs: Sequence[tuple[int, int]], found: Sequence[Result]) -> list[lis
     return rows
 
 
-def _summary(runs: Sequence[Sequence[Cell]], accuracy: Spread) -> Table:
+def _summary(runs: Sequence[Sequence[TableCell]], accuracy: Spread) -> Table:
     columns = {
         "image": "", "mean |cosine|": ".3f", "median rank": ".1f", "own pair is first": "d", "of": "d",
         "validation accuracy (%)": ".1f",
     }  # fmt: skip
-    rows: list[list[Cell]] = []
+    rows: Rows = []
     for label in KINDS.values():
         mine = [run for run in runs if run[2] == label]
         if mine:
@@ -326,7 +326,7 @@ _SHOWN = ("first", "second", "difference", "trained", "start")
 
 def _images(found: Sequence[Result]) -> Table:
     columns = {"classes": "", "image": "", "row": "d", "column": "d", "value": ""}
-    rows: list[list[Cell]] = [
+    rows: Rows = [
         [_name(pair), name, i, j, value]
         for pair in (_members(found)[0] if found else [])
         for name in _SHOWN

@@ -19,8 +19,8 @@ from .pool import Origin
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Cell = str | int | float | bool | None
-Rows = list[list[Cell]]
+TableCell = str | int | float | bool | None
+Rows = list[list[TableCell]]
 _DPI = 130
 
 
@@ -39,7 +39,7 @@ class Table:
     name: str
     title: str
     columns: Mapping[str, str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[TableCell]]
     on_page: bool = True
 
     def csv(self) -> str:
@@ -149,7 +149,7 @@ def write_index(out: Path, titles: Mapping[str, str], data_sets: Sequence[str]) 
     write_text_atomically(out / "README.md", "\n".join([*lines, ""]))
 
 
-def number_of(cell: Cell) -> float:
+def number_of(cell: TableCell) -> float:
     """A cell that holds a number."""
     assert isinstance(cell, int | float), cell
     return float(cell)
@@ -160,7 +160,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _shown(cell: Cell, form: str) -> str:
+def _shown(cell: TableCell, form: str) -> str:
     if cell is None:
         return "-"
     if isinstance(cell, bool):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from .. import strict_yaml
 from ..config import Config, ConfigError, Draft, draft
+from ..registry import DATA_SETS
 
 T = TypeVar("T")
 
@@ -39,9 +41,7 @@ class Plan:
 
     def settings(self, *parts: Settings) -> dict[str, strict_yaml.Value]:
         """Data set and network, with the experiment's `parts` over them in order, and the user's words over all."""
-        merged: dict[str, strict_yaml.Value] = {
-            key: value for key, value in draft(self.data).values().items() if key.startswith(_OWN_GROUPS)
-        }
+        merged = dict(_of_shipped_config(self.data))
         for part in parts:
             merged.update(part)
         merged.update(self.given())
@@ -49,14 +49,27 @@ class Plan:
 
     def given(self) -> dict[str, strict_yaml.Value]:
         """What the user's words say, by dotted key. Raises ConfigError for words that no key takes."""
-        given = Draft().overridden(self.words)
-        if given.unread:
-            raise ConfigError("\n  ".join(given.unread))
-        return given.values()
+        return dict(_read(self.words))
 
     def pick(self, usual: T, quick: T) -> T:
         """`quick` in the quick form, else `usual`."""
         return quick if self.quick else usual
+
+
+# Thousands of trainings of an experiment are made of the same two.
+
+
+@functools.cache
+def _of_shipped_config(data: str) -> Settings:
+    return {key: value for key, value in draft(data).values().items() if key.startswith(_OWN_GROUPS)}
+
+
+@functools.cache
+def _read(words: tuple[str, ...]) -> Settings:
+    given = Draft().overridden(words)
+    if given.unread:
+        raise ConfigError("\n  ".join(given.unread))
+    return given.values()
 
 
 def config_of(settings: Settings) -> Config:
@@ -64,11 +77,6 @@ def config_of(settings: Settings) -> Config:
     return Draft().over(settings, dict.fromkeys(settings, "experiment")).build()
 
 
-def loss_of_guessing(classes: int) -> float:
-    """The cross-entropy of equal odds, in nats."""
-    return math.log(classes)
-
-
-def seeds_of(plan: Plan) -> Sequence[int]:
-    """The seeds, from 0 on."""
-    return range(plan.seeds)
+def loss_of_guessing(data: str) -> float:
+    """The cross-entropy of equal odds on a data set, in nats."""
+    return math.log(DATA_SETS[data].classes)

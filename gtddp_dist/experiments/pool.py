@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from ..checkpoint import JSON
-from ..environment import describe_environment
+from ..environment import describe_environment, prepare_cpu
 from ..errors import UserError
 from ..launch import StopRequest
 from .unit import Result, Results, Unit
@@ -189,4 +189,4 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _begin(jobs: int) -> None:
     """A worker's start: an even share of the cores, where a configuration names no number of threads."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs))
+    prepare_cpu(max(1, len(os.sched_getaffinity(0)) // jobs))

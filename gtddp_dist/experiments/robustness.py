@@ -140,13 +140,12 @@ def _conclusion(largest: Rows) -> str:
 def _picture(found: Mapping[Key, Cell]) -> Figure:
     from matplotlib.figure import Figure
 
-    from ..registry import DATA_SETS
     from .plan import loss_of_guessing
 
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     panels = figure.subplots(2, 2).flat
     run = next(iter(found.values())).runs[0]
-    half = loss_of_guessing(DATA_SETS[run.config.data.name].classes) / 2
+    half = loss_of_guessing(run.config.data.name) / 2
     for axes, (name, rate) in zip(panels, BASES.items(), strict=True):
         for number, kind in enumerate(KINDS):
             cells = {factor: cell for (n, factor, k), cell in found.items() if (n, k) == (name, kind)}

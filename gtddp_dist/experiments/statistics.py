@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from scipy import stats
 
+SIGNIFICANT = 0.05
+"""A p-value below it."""
+
 
 @dataclass(frozen=True)
 class Spread:

@@ -6,19 +6,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ..registry import DATA_SETS
 from .bases import BASES, NAMES, base, gtddp
 from .cell import Cell, described, runs_table, units_of
 from .page import Findings, Rows, Table
 from .plan import Plan, Settings, loss_of_guessing
-from .statistics import p_of_pairs, p_of_spreads
+from .statistics import SIGNIFICANT, p_of_pairs, p_of_spreads
 from .unit import Results, Unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VARIANTS: Mapping[str, str] = {"base": "base", "gtddp": "GT-DDP", "paper": "GT-DDP, paper's preset"}
-SIGNIFICANT = 0.05
 
 
 def variant(kind: str, name: str, rate: float) -> Settings:
@@ -152,7 +150,7 @@ def _picture(found: Mapping[tuple[str, str], Cell]) -> Figure:
                 label = VARIANTS[kind] if name == next(iter(BASES)) else None
                 axes.plot([x - 0.09, x + 0.09], [mean, mean], color=color, linewidth=2.5, label=label)
     run = next(iter(found.values())).runs[0]
-    top = 10 * loss_of_guessing(DATA_SETS[run.config.data.name].classes)
+    top = 10 * loss_of_guessing(run.config.data.name)
     loss.set_yscale("log")
     if loss.get_ylim()[1] > top:
         loss.set_ylim(top=top)  # runs that blew up, and stayed finite, would hide all others

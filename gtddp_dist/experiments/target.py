@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from .cell import Cell, runs_table, units_of
-from .page import Cell as TableCell
-from .page import Findings, Rows, Table, number_of
+from .page import Findings, Rows, Table, TableCell, number_of
 from .plan import Plan, Settings
 from .statistics import p_of_pairs
 from .timing import timing

@@ -12,7 +12,6 @@ from typing import cast
 from ..checkpoint import JSON
 from ..config_schema import Config
 from ..errors import FAILED, OK, UserError
-from ..registry import DATA_SETS
 from ..run_directory import Record, RunDirectory, read_metrics
 from .plan import Plan, Settings, config_of, loss_of_guessing
 from .unit import Result, Unit
@@ -110,7 +109,7 @@ class Trained:
     @property
     def trains(self) -> bool:
         """Whether the loss came below half of that of guessing."""
-        return self.train_loss < loss_of_guessing(DATA_SETS[self.config.data.name].classes) / 2
+        return self.train_loss < loss_of_guessing(self.config.data.name) / 2
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of `train/loss`, `val/accuracy`, `gtddp/feedback_ratio` or `gtddp/open_gain`."""

@@ -7,7 +7,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -23,10 +23,11 @@ from ..optimizer import GTDDP
 from ..parts import build_model, load_data
 from ..training_step import Precision
 from .bases import BASES, NAMES, base, gtddp
-from .page import Cell, Findings, Table
-from .plan import Plan, Settings, config_of, seeds_of
-from .statistics import Spread, p_of_pairs
-from .training import Trained, trained_run, what_came_of
+from .cell import Cell
+from .page import Findings, Rows, Table
+from .plan import Plan, Settings, config_of
+from .statistics import SIGNIFICANT, p_of_pairs
+from .training import trained_run, what_came_of
 from .unit import Result, Results, Unit
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ ON = ("sgd", "adam")
 NETS: Mapping[str, str] = {"plain-net": "without shortcuts", "small-resnet": "with shortcuts"}
 VARIANTS: Mapping[str, str] = {"base": "base", "ddpnopt": "DDPNOpt", "gtddp": "GT-DDP"}
 KINDS: Mapping[str, str] = {"g": "|g|", "paper": "|Q_u|, Q_uu = R, rho = 1/B", "default": "|Q_u|, proximal, rho = 0.1"}
-SIGNIFICANT = 0.05
 FACTOR = 10.0
 """How many times less Q_u is to vanish than g for the claim to hold."""
 
@@ -52,6 +52,11 @@ class Case:
     activation: str
     base: str
     variant: str
+
+    @property
+    def alone(self) -> Case:
+        """The same with the base by itself."""
+        return replace(self, variant="base")
 
     def settings(self) -> tuple[Settings, Settings]:
         """Network and optimizer."""
@@ -158,18 +163,18 @@ class Vanishing:
         cases = [c for c in CASES if c.variant != "gtddp" and c.base == "sgd"] if plan.quick else CASES
         found = {}
         for case in cases:
-            settings = [plan.settings(*case.settings(), {"train.seed": seed}, length) for seed in seeds_of(plan)]
+            settings = [plan.settings(*case.settings(), {"train.seed": seed}, length) for seed in range(plan.seeds)]
             found[case] = [Unit.of(FUNCTION, each) for each in settings]
         return found
 
     def findings(self, plan: Plan, results: Results) -> Findings:
         raw = {case: [results.of(unit) for unit in units] for case, units in self.cells(plan).items()}
-        runs = {case: [Trained(unit, results.of(unit)) for unit in units] for case, units in self.cells(plan).items()}
+        runs = {case: Cell.of(units, results) for case, units in self.cells(plan).items()}
         losses, layers = _losses(runs), _layers(raw)
         ratios = _ratios(layers)
         return Findings(
             setting=_setting(plan),
-            conclusion=_conclusion(losses, ratios),
+            conclusion=_conclusion(runs, losses, ratios),
             tables=[losses, ratios, layers, _curves(runs)],
             figures={"": _norms_picture(layers), "curves": _curves_picture(runs)},
             captions={
@@ -192,21 +197,19 @@ def _setting(plan: Plan) -> str:
     )
 
 
-def _losses(runs: Mapping[Case, Sequence[Trained]]) -> Table:
+def _losses(runs: Mapping[Case, Cell]) -> Table:
     columns = {
         "network": "", "activation": "", "base": "", "optimizer": "", "train loss": ".4f", "deviation": ".4f",
         "validation accuracy (%)": ".1f", "trains": "d", "of": "d", "diverged": "d", "p against base": ".2g",
     }  # fmt: skip
-    rows: list[list[Cell]] = []
-    for case, members in runs.items():
-        own = [run.train_loss for run in members]
-        loss, accuracy = Spread.of(own), Spread.of([run.val_accuracy for run in members])
-        alone = [run.train_loss for run in runs[Case(case.net, case.activation, case.base, "base")]]
-        p = None if case.variant == "base" else p_of_pairs(own, alone)
+    rows: Rows = []
+    for case, cell in runs.items():
+        loss = cell.loss
+        p = None if case.variant == "base" else p_of_pairs(cell.losses, runs[case.alone].losses)
         rows.append(
             [
                 NETS[case.net], case.activation, NAMES[case.base], VARIANTS[case.variant], loss.mean, loss.deviation,
-                accuracy.mean, sum(run.trains for run in members), len(members), loss.diverged, p,
+                cell.accuracy.mean, cell.training, len(cell.runs), loss.diverged, p,
             ]
         )  # fmt: skip
     return Table("", "Who trains", columns, rows)
@@ -214,7 +217,7 @@ def _losses(runs: Mapping[Case, Sequence[Trained]]) -> Table:
 
 def _layers(raw: Mapping[Case, Sequence[Result]]) -> Table:
     columns = {"network": "", "activation": "", "trained with": "", "layer": "", "number": "d"}
-    rows: list[list[Cell]] = []
+    rows: Rows = []
     for case, members in raw.items():
         for when in ("start", "end"):
             if when == "start" and case != _first_of(raw, case):
@@ -242,7 +245,7 @@ def _ratios(layers: Table) -> Table:
     columns = {"network": "", "activation": "", "trained with": "", "|g| of the first convolution": ".2g"}
     columns |= {f"first over last: {kind}": ".2g" for kind in KINDS.values()}
     columns |= {"|Q_u| over |g|, first, Q_uu = R": ".3f", "the same, proximal": ".3f"}
-    rows: list[list[Cell]] = []
+    rows: Rows = []
     for key, group in itertools.groupby(layers.rows, key=lambda row: tuple(row[:3])):
         convolutions = [row for row in group if str(row[3]).startswith(("stem", "blocks"))]
         first, last = ([cast(float, cell) for cell in convolutions[index][5:]] for index in (0, -1))
@@ -252,7 +255,7 @@ def _ratios(layers: Table) -> Table:
     return Table("ratios", "How much is left at the first convolution", columns, rows)
 
 
-def _conclusion(losses: Table, ratios: Table) -> str:
+def _conclusion(runs: Mapping[Case, Cell], losses: Table, ratios: Table) -> str:
     said = []
     for row in ratios.rows:
         if row[0] == NETS["plain-net"] and row[2] == "":
@@ -263,11 +266,11 @@ def _conclusion(losses: Table, ratios: Table) -> str:
                 f"last one's; for Q_u that is {paper:.2g} (Q_uu = R) and {default:.2g} (proximal): the claim that "
                 f"Q_u vanishes less {'holds' if less else 'does not hold'} (asked: {FACTOR:g} times less)."
             )
-    pairs = [row for row in losses.rows if row[3] != VARIANTS["base"] and row[0] == NETS["plain-net"]]
-    alone = {tuple(row[:3]): row for row in losses.rows if row[3] == VARIANTS["base"]}
-    lower = [row for row in pairs if _is_lower(row, alone[tuple(row[:3])])]
-    more = [row for row in pairs if cast(int, row[7]) > cast(int, alone[tuple(row[:3])][7])]
-    sure = [row for row in lower if isinstance(row[10], float) and row[10] < SIGNIFICANT]
+    pairs = [case for case in runs if case.variant != "base" and case.net == "plain-net"]
+    lower = [case for case in pairs if runs[case].lower_than(runs[case.alone])]
+    more = [case for case in pairs if runs[case].training > runs[case.alone].training]
+    p_values = {case: row[10] for case, row in zip(runs, losses.rows, strict=True)}
+    sure = [case for case in lower if isinstance(p := p_values[case], float) and p < SIGNIFICANT]
     said.append(
         f"Without shortcuts the mean training loss of DDPNOpt or GT-DDP is lower than its base's in {len(lower)} of "
         f"{len(pairs)} cases, in {len(sure)} of them with p < {SIGNIFICANT}, and more of its runs train in "
@@ -276,28 +279,14 @@ def _conclusion(losses: Table, ratios: Table) -> str:
     return " ".join(said)
 
 
-def _is_lower(row: Sequence[Cell], alone: Sequence[Cell]) -> bool:
-    """More runs stayed finite, or as many with a lower mean loss."""
-    ours, theirs = row[4], alone[4]
-    if row[9] != alone[9] or ours is None or theirs is None:
-        return cast(int, row[9]) < cast(int, alone[9])
-    return cast(float, ours) < cast(float, theirs)
-
-
-def _mean_curve(members: Sequence[Trained]) -> tuple[list[int], list[float]]:
-    finite = [run.curve("train/loss") for run in members if not run.diverged]
-    steps = finite[0][0] if finite else []
-    return steps, [statistics.fmean(losses[i] for _, losses in finite) for i in range(len(steps))]
-
-
-def _curves(runs: Mapping[Case, Sequence[Trained]]) -> Table:
+def _curves(runs: Mapping[Case, Cell]) -> Table:
     columns = {
         "network": "", "activation": "", "base": "", "optimizer": "", "step": "d", "train loss": ".4f",
     }  # fmt: skip
-    rows: list[list[Cell]] = [
+    rows: Rows = [
         [NETS[case.net], case.activation, NAMES[case.base], VARIANTS[case.variant], step, loss]
-        for case, members in runs.items()
-        for step, loss in zip(*_mean_curve(members), strict=True)
+        for case, cell in runs.items()
+        for step, loss, _ in zip(*cell.mean_curve("train/loss"), strict=True)
     ]
     return Table("curves", "Training loss by step, mean over seeds", columns, rows, on_page=False)
 
@@ -328,7 +317,7 @@ def _norms_picture(layers: Table) -> Figure:
     return figure
 
 
-def _curves_picture(runs: Mapping[Case, Sequence[Trained]]) -> Figure:
+def _curves_picture(runs: Mapping[Case, Cell]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -340,7 +329,8 @@ def _curves_picture(runs: Mapping[Case, Sequence[Trained]]) -> Figure:
                 case = Case("plain-net", activation, on, variant)
                 if case in runs:
                     label = NAMES[on] if variant == "base" else f"{VARIANTS[variant]} on {NAMES[on]}"
-                    axes.plot(*_mean_curve(runs[case]), style, color=color, label=label)
+                    steps, losses, _ = runs[case].mean_curve("train/loss")
+                    axes.plot(steps, losses, style, color=color, label=label)
             axes.set(title=f"{activation}, rate {BASES[on]:g}", xlabel="training step", ylabel="training loss (nats)")
             axes.grid(alpha=0.3)
             if axes.lines:

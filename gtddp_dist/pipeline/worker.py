@@ -113,8 +113,9 @@ class Worker:
         self.first = grid.segment == 0
         self.last = grid.segment == grid.shape.pipe - 1
         self.seconds: dict[Op, float] = dict.fromkeys(Op, 0.0)
-        self._waited_within = 0.0
         """Spent on instructions of each kind since the last :meth:`take_measurements`, waiting included."""
+        self._waited_within = 0.0
+        """Of these seconds, those that were waiting."""
         self._loss, self._clip_norm = loss, clip_norm
         self._autocast, self._loss_scale = autocast, loss_scale
         self._micro_batch = micro_batch
