@@ -42,7 +42,8 @@ def prepare_cpu(threads: int | None) -> None:
     for a normal float32 count as zero.
 
     Gradients of samples that are fitted well, and products of such, come to lie there; processors compute with them
-    many times more slowly (8 times a whole step was seen). Where the processor has no such mode, nothing changes.
+    many times more slowly (8 times a whole step was seen). Where the processor has no such mode, nothing changes. Call
+    it before anything is computed: torch's threads that exist already keep their way.
     """
     if threads is not None:
         torch.set_num_threads(threads)
