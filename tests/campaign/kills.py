@@ -292,8 +292,8 @@ def cases_of(starter: str) -> Callable[[int, bool], list[Case]]:
         chosen = list(range(len(faults)))
         if quick:
             during = [i for i, fault in enumerate(faults) if fault.starting is None and fault.grid == "pipe=2"]
-            # MPICH ends ranks before they can name the one that was killed (docs/reliability/found.md): a failure in each
-            # whole campaign, and no news to the quick form.
+            # MPICH ends ranks before they can name the one that was killed (docs/reliability/found.md): a failure in
+            # each whole campaign, and no news to the quick form.
             kinds = (True,) if starter == "mpirun" else (False, True)
             chosen = [next(i for i in during if faults[i].stops == stops) for stops in kinds]
         within_s = 2 * TRAINS_WITHIN_S + ENDS_WITHIN_S + TRAINS_WITHIN_S
