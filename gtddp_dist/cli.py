@@ -282,7 +282,8 @@ def _parser() -> argparse.ArgumentParser:
         help="measure the papers' tables and figures",
         usage="gtddp reproduce NAME|all [--quick] [--out DIR] [--jobs N] [data.name=NAME seeds=N key=value ...]",
         description="Measure tables and figures of the papers: a page with pictures and CSV files for each.",
-        epilog="\n".join(f"{name:<12}{entry.title}" for name, entry in EXPERIMENTS.items()) + f"\n\n{_EXIT_CODES}",
+        epilog="\n".join(f"{name:<12}{entry.title}" for name, entry in EXPERIMENTS.items())
+        + "\n\nexit codes: 0 done; 2 bad input, nothing changed; 75 stopped: the same command goes on where it was",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
