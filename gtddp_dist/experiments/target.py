@@ -119,7 +119,7 @@ class Target:
         ]
         return Findings(
             setting=_setting(plan, goal),
-            conclusion=_conclusion(compared, goal),
+            conclusion=_conclusion(compared, best, goal),
             tables=[
                 Table(
                     "ratio",
@@ -296,7 +296,7 @@ def _scopes(plan: Plan) -> str:
     return "".join(f" Batches of {size:,} are recursions of {scope:,} samples each." for size, scope in scopes)
 
 
-def _conclusion(compared: Rows, goal: float) -> str:
+def _conclusion(compared: Rows, best: Mapping[Key, Settings], goal: float) -> str:
     sentences = []
     for size in dict.fromkeys(row[0] for row in compared):
         for row in (row for row in compared if row[0] == size):
@@ -306,15 +306,29 @@ def _conclusion(compared: Rows, goal: float) -> str:
                 sentences.append(f"{where}: {' and '.join(who)} did not reach it in half of the runs.")
             else:
                 sentences.append(f"{where}: {row[5]:.2f} of the base's steps, {row[6]:.2f} of its seconds.")
-    large = [number_of(row[5]) for row in compared if number_of(row[0]) >= 256 and row[5] is not None]
-    half = sum(ratio <= 0.5 for ratio in large)
+    large = [row for row in compared if number_of(row[0]) >= 256]
+    half = [row for row in large if row[5] is not None and number_of(row[5]) <= 0.5]
+    alone = [row for row in large if row[3] is None and row[4] is not None]
     faster = sum(number_of(row[6]) < 1 for row in compared if row[6] is not None)
     return (
         f"GT-DDP to {goal:g} %, against its tuned base:\n\n"
         + "\n".join(f"* {sentence}" for sentence in sentences)
-        + f"\n\nHalf the steps at batches of 256 and more: in {half} of {len(large)} comparisons. "
-        f"Fewer seconds: in {faster} of {len(compared)}."
+        + f"\n\nAt batches of 256 and more GT-DDP takes at most half the steps in {len(half)} of {len(large)} "
+        "comparisons, "
+        f"and in {len(alone)} others it alone gets there in half of the runs or more. Fewer seconds: in {faster} of "
+        f"{len(compared)}. {_at_the_edge(best)}"
     )
+
+
+def _at_the_edge(best: Mapping[Key, Settings]) -> str:
+    """Whose best rate is the lowest or highest that was tried, so that a better one may lie beyond."""
+    counts = []
+    for kind, word in KINDS.items():
+        keys = [key for key in best if key[3] == kind]
+        rates = {base.name: base.rates if kind == "base" else [rate for rate, _ in base.gtddp] for base in BASES}
+        edge = sum(_rate_and_weight(best[key])[0] in (min(rates[key[1]]), max(rates[key[1]])) for key in keys)
+        counts.append(f"{word} in {edge} of {len(keys)}")
+    return f"The best rate was at an edge of those tried for the {' and for '.join(counts)} cases."
 
 
 def _picture(found: Mapping[Key, Cell], goal: float) -> Figure:
