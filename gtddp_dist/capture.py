@@ -22,6 +22,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ModelError
+from .phases import phase
+from .players import SampleGradients, prepare, sample_gradients
 from .trajectory import LiveValue, Trajectory, floating_tensors
 
 Cotangents = Callable[[Tensor, int], Tensor]
@@ -40,6 +42,9 @@ class MicroBatch:
         samples: how many samples it had.
         inputs: module -> its input, detached.
         derivatives: for each stream, place -> derivative; its rows are the samples, or K of them for each sample.
+        formed: for each stream, module -> S by parameter name, but for the loss's factor, where it was formed at once.
+            Of the module's derivative only sums over each row are kept then: they tell whether all was finite.
+        let_go: modules of whose input, too, only sums over each row are left.
         live: for each cut, its live values, detached; empty unless states are kept.
         versions: for each cut, the version counters of its live tensors when they were kept.
         context: autocast and random state of the forward pass, to run it again; None unless states are kept.
@@ -49,6 +54,8 @@ class MicroBatch:
     samples: int
     inputs: dict[nn.Module, Tensor] = field(default_factory=dict)
     derivatives: dict[Stream, dict[Place, Tensor]] = field(default_factory=lambda: {"gradient": {}})
+    formed: dict[Stream, dict[nn.Module, dict[str, Tensor]]] = field(default_factory=dict)
+    let_go: set[nn.Module] = field(default_factory=set)
     live: list[tuple[LiveValue, ...]] = field(default_factory=list)
     versions: list[list[int]] = field(default_factory=list)
     context: ForwardContext | None = None
@@ -104,6 +111,7 @@ class Capture:
         keep_states: run the forward stage by stage and keep live values and their derivatives.
         skip_weight_grads: players' parameters get no ``grad`` (their weighted gradient is formed later, once).
         cotangents: streams besides the loss gradient: what makes their cotangents from the model's output.
+        forms: whether S of a module is formed as soon as its derivative is there.
     """
 
     def __init__(
@@ -114,12 +122,15 @@ class Capture:
         keep_states: bool,
         skip_weight_grads: bool,
         cotangents: Mapping[Stream, Cotangents],
+        forms: Callable[[SampleGradients], bool],
     ) -> None:
         self.model = model
         self.trajectory = trajectory
         self.keep_states = keep_states
         self.skip_weight_grads = skip_weight_grads
         self.cotangents = cotangents
+        self._forms = forms
+        self._player_of = {m: player for player in trajectory.players for m in player.modules.values()}
         self.names = {m: n for player in trajectory.players for n, m in player.modules.items()}
         self.attached = False
         self._micro_batches: list[MicroBatch] = []
@@ -165,6 +176,7 @@ class Capture:
             keep_states=False,
             skip_weight_grads=False,
             cotangents={},
+            forms=self._forms,
         )
         copied.names = {}
         return copied
@@ -245,6 +257,10 @@ class Capture:
                 return
             if all(known is not micro_batch for known in self._micro_batches):
                 self._micro_batches.append(micro_batch)
+            if isinstance(place, nn.Module):
+                grad = self._form(micro_batch, "gradient", place, grad)
+                if not self.cotangents and place in micro_batch.formed.get("gradient", {}):
+                    self._let_go(micro_batch, place)
             derivatives = micro_batch.derivatives["gradient"]
             derivatives[place] = derivatives[place] + grad if place in derivatives else grad.detach()
 
@@ -252,6 +268,36 @@ class Capture:
         if self.cotangents:
             # Now: an in-place activation after the module will make `tensor` another node of the graph.
             micro_batch.edges[place] = get_gradient_edge(tensor)
+
+    def _form(self, micro_batch: MicroBatch, stream: Stream, module: nn.Module, grad: Tensor) -> Tensor:
+        """Form S of a module where that is best done now; what is kept of the derivative."""
+        inputs = micro_batch.inputs[module]
+        if module in micro_batch.let_go:
+            raise ModelError(
+                f"a second backward pass reached module '{self.names[module]}', whose data were let go after the first: "
+                "call the first one with retain_graph=True, or add up the losses"
+            )
+        dtype = next(module.parameters(recurse=False)).dtype
+        with (
+            torch.no_grad(),
+            torch.autocast(grad.device.type, enabled=False),
+            phase("gram", self._player_of[module]),
+        ):
+            x, y = inputs.to(dtype), grad.to(dtype)
+            if not self._forms(sample_gradients(module, x, y)):
+                return grad
+            made = sample_gradients(module, prepare(module, x), y).per_sample()
+            known = micro_batch.formed.setdefault(stream, {}).get(module)
+            if known is not None:
+                made = {name: known[name] + each for name, each in made.items()}
+            micro_batch.formed[stream][module] = made
+            return _row_sums(y)
+
+    def _let_go(self, micro_batch: MicroBatch, module: nn.Module) -> None:
+        """Free a module's input, unless there may be another backward pass through the same graph."""
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            micro_batch.inputs[module] = _row_sums(micro_batch.inputs[module])
+            micro_batch.let_go.add(module)
 
     def _after_forward(self, model: nn.Module, args: object, output: object) -> None:
         for module in list(self._hidden):  # the forward stopped half-way with an error
@@ -350,6 +396,10 @@ class Capture:
         stages = self.trajectory.stages
         names = stages[cut].live_before if cut < len(stages) else stages[-1].live_after
         return names[position] if position < len(names) else f"value {position}"
+
+
+def _row_sums(tensor: Tensor) -> Tensor:
+    return tensor.detach().flatten(1).sum(1)
 
 
 class _Require(torch.autograd.Function):

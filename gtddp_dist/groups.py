@@ -18,9 +18,9 @@ from .players import (
     FormedGradients,
     PlayerSamples,
     SampleGradients,
-    formed_together,
     is_affine,
     prepare,
+    put_together,
     sample_gradients,
 )
 from .trajectory import Player
@@ -123,10 +123,11 @@ class StepSamples:
             self._latest[stream] = (player.index, latest)
         return latest
 
-    def keep_formed(self, player: Player, stream: Stream, samples: PlayerSamples) -> None:
+    def keep_formed(self, player: Player, stream: Stream, samples: PlayerSamples) -> PlayerSamples:
         """From now on S of those modules for which it is formed is this one."""
         self._kept[player.index, stream] = {n: p for n, p in samples.parts.items() if isinstance(p, FormedGradients)}
         self._latest[stream] = (player.index, samples)
+        return samples
 
     def _gathered_player(self, player: Player, stream: Stream) -> PlayerSamples | None:
         parts: dict[str, SampleGradients] = {}
@@ -136,22 +137,40 @@ class StepSamples:
                 parts[name] = kept[name]
                 continue
             captured = [m.derivatives[stream].get(module) for m in self.micro_batches]
-            if any(grad is not None for grad in captured):
+            if any(module in m.formed.get(stream, {}) for m in self.micro_batches):
+                parts[name] = FormedGradients(module, self._formed(name, module, stream), self.factors[stream])
+            elif any(grad is not None for grad in captured):
                 each = self._gathered(name, module, captured)
                 if is_affine(module) or len(each) == 1:
                     inputs, output_grads = (torch.cat(z) if len(z) > 1 else z[0] for z in zip(*each, strict=True))
                     parts[name] = sample_gradients(module, inputs, output_grads, self.factors[stream])
                 else:  # every micro-batch has statistics of its own
-                    parts[name] = formed_together(
-                        [sample_gradients(module, x, y, self.factors[stream]) for x, y in each]
-                    )
+                    grads = [sample_gradients(module, x, y).per_sample() for x, y in each]
+                    parts[name] = FormedGradients(module, put_together(grads), self.factors[stream])
         return PlayerSamples(parts) if parts else None
+
+    def _formed(self, name: str, module: nn.Module, stream: Stream) -> dict[str, Tensor]:
+        """What was formed of every micro-batch; zero for one whose loss did not depend on the module."""
+        self._check_ran(name, module)
+        formed = [m.formed.get(stream, {}).get(module) for m in self.micro_batches]
+        like = next(grads for grads in formed if grads is not None)
+        return put_together(
+            [
+                {n: g.new_zeros(m.samples * self.rows_per_sample(stream), *g.shape[1:]) for n, g in like.items()}
+                if grads is None
+                else grads
+                for m, grads in zip(self.micro_batches, formed, strict=True)
+            ]
+        )
+
+    def _check_ran(self, name: str, module: nn.Module) -> None:
+        if any(module not in m.inputs for m in self.micro_batches):
+            raise StepError(f"module '{name}' ran in some of the step's micro-batches and not in others")
 
     def _gathered(self, name: str, module: nn.Module, captured: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
         """Prepared inputs and output gradients of every micro-batch."""
         dtype = next(module.parameters(recurse=False)).dtype
-        if any(module not in m.inputs for m in self.micro_batches):
-            raise StepError(f"module '{name}' ran in some of the step's micro-batches and not in others")
+        self._check_ran(name, module)
         shape = next(grad for grad in captured if grad is not None).shape[1:]
         raw = [m.inputs[module] for m in self.micro_batches]
         inputs = [prepare(module, x.to(dtype)) for x in raw]

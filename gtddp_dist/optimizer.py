@@ -21,6 +21,7 @@ from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .nonfinite import Source
 from .options import PAPER, Options
 from .phases import in_phase
+from .players import SampleGradients
 from .step import Grads, Step
 from .sweep import Value
 from .terminal import exact_cotangents, sampled_cotangents
@@ -131,6 +132,7 @@ class GTDDP(torch.optim.Optimizer):
             keep_states=inspect or (self.options.feedback and self.options.rollout == "nonlinear"),
             skip_weight_grads=self.options.capture == "weighted",
             cotangents=self._cotangents(),
+            forms=self._forms,
         )
         for player in self.trajectory.players:
             self.curvature.check(self._controls(player))
@@ -138,6 +140,13 @@ class GTDDP(torch.optim.Optimizer):
             self.trajectory.players, key=lambda player: sum(p.numel() for p in player.controls().values())
         )
         self._capture.attach()
+
+    def _forms(self, samples: SampleGradients) -> bool:
+        """Whether a module's per-sample gradients are formed during the backward pass."""
+        if not self.options.feedback:
+            return False
+        scope = self.options.scope
+        return self.curvature.forms(samples, scope if isinstance(scope, int) else len(samples.inputs))
 
     def _cotangents(self) -> dict[Stream, Cotangents]:
         """Streams besides the loss gradient that the sweep or the curvature needs."""
@@ -328,7 +337,11 @@ class GTDDP(torch.optim.Optimizer):
         """A player's part in the mean gradient with capture="weighted", of the samples of ``work``; nothing where it is
         formed with the correction."""
         samples = None if work.absorbs(player) else work.samples.of(player, "gradient")
-        return {} if samples is None else samples.weighted(work.mean_weights())
+        if samples is None:
+            return {}
+        if self.options.feedback and work.stream == "gradient":
+            samples = work.form(player, samples)
+        return samples.weighted(work.mean_weights())
 
     @in_phase("weight-gradient")
     def fill_gradients(self, work: Step, formed: Mapping[int, Grads] | None = None) -> None:

@@ -176,10 +176,14 @@ class Step:
 
     @in_phase("gram")
     def _of_groups(self, player: Player, samples: PlayerSamples, metric: Metric) -> list[Gains]:
-        # The step needs S^T v later: what is formed for the Gram matrices is kept for it.
-        samples = metric.formed(samples, max(group.samples for group in self.groups) * self.rows)
-        self.samples.keep_formed(player, self.stream, samples)
+        samples = self.form(player, samples)
         return [self._gains(player, samples.rows(g.rows_of(self.rows)), g, metric) for g in self.groups]
+
+    @in_phase("gram")
+    def form(self, player: Player, samples: PlayerSamples) -> PlayerSamples:
+        """S of a player where forming it pays: for the Gram matrices, and kept for all S^T w of the step."""
+        rows = max(group.samples for group in self.groups) * self.rows
+        return self.samples.keep_formed(player, self.stream, self.curvature.formed(samples, rows))
 
     @in_phase("curvature")
     def _sweep_metric(self, player: Player, samples: PlayerSamples | None, values: list[Value]) -> Metric | None:
@@ -214,13 +218,14 @@ class Step:
             slopes = torch.cat([g.share * v.slope for g, v in zip(self.groups, values or (), strict=True)])
             beyond = self._summed(cast(PlayerSamples, samples).weighted(slopes))
             gradient = {name: grad + beyond[name] for name, grad in gradient.items()}
-        by_sample = None
-        if self.curvature.needs_samples and gradient:
+        by_sample = None  # with an absorbed correction there is no gradient yet, and curvatures of samples need none
+        if self.curvature.needs_samples and (gradient or self.absorbs(player)):
             by_sample = self.samples.of(player, self.curvature.stream)
             if of_value and by_sample is not None:
                 ratios = torch.cat([v.slope / g.weight for g, v in zip(self.groups, values or (), strict=True)])
                 by_sample = by_sample.plus(cast(PlayerSamples, samples), ratios)
-        return Evidence(gradient, by_sample, self.ranks) if gradient else None
+        reached = bool(gradient) or by_sample is not None
+        return Evidence(gradient, by_sample, self.ranks) if reached else None
 
     def _gains(self, player: Player, samples: PlayerSamples, group: RecursionGroup, metric: Metric) -> Gains:
         """H = S R^-1 S^T, q = S R^-1 p and p^T R^-1 p of one group, p = a g + e its own direction."""

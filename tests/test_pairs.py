@@ -24,7 +24,7 @@ from gtddp_dist.players import (
     sample_gradients,
 )
 from gtddp_dist.players import pairs as pairs_module
-from gtddp_dist.players.conv import LIBRARY_POSITIONS
+from gtddp_dist.players.conv import SHIFTED_CHANNELS, SHIFTED_POSITIONS
 from gtddp_dist.trajectory import Player
 
 CONVOLUTIONS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -136,7 +136,7 @@ def counted(part: SampleGradients, samples: int) -> tuple[bool, int, int]:
     """Whether gradients are formed, and multiplications and additions of Gram matrix (with forming) and S^T w."""
     metric: dict[str, Scale] = dict.fromkeys(part.controls, 1.0)
     with FlopCounterMode(display=False) as gram:
-        formed = part.formed(metric, samples)
+        formed = part.formed(False, samples)
         formed.gram(metric)
     with FlopCounterMode(display=False) as weighted:
         formed.weighted(torch.ones(samples))
@@ -156,9 +156,11 @@ def layer(C: int, O: int, pixels: int, kernel: int, stride: int, B: int) -> Samp
 )
 @pytest.mark.parametrize("B", [8, 16])
 def test_large_images_form_per_sample_gradients(C: int, O: int, pixels: int, kernel: int, stride: int, B: int) -> None:  # noqa: E741
-    L, I = (pixels // stride) ** 2, C * kernel**2  # noqa: E741
-    # torch's counter takes the one convolution of B groups for one of all channels with all: B times its work.
-    forming = 2 * B * L * I * O * (B if L >= LIBRARY_POSITIONS else 1)
+    size, I = pixels // stride, C * kernel**2  # noqa: E741
+    rows = [size] * kernel  # of each kernel element's column, what lies between rows of positions included
+    if size**2 >= SHIFTED_POSITIONS and C >= SHIFTED_CHANNELS:
+        rows = [size + 2] * 3 if stride == 1 else [size + 1, size, size + 1]
+    forming = 2 * B * C * O * kernel * size * sum(rows)
     expected = (True, forming + 2 * B * B * I * O, 2 * B * I * O)
     assert counted(layer(C, O, pixels, kernel, stride, B), B) == expected
 

@@ -19,6 +19,7 @@ from gtddp_dist.players import (
     sample_gradients,
 )
 from gtddp_dist.players.affine import AffineGradients
+from gtddp_dist.players.blocks import BLOCK_NUMBERS
 
 B = 5
 FACTOR = 3.0
@@ -206,13 +207,16 @@ def test_weighted_gradient_is_autograds_own() -> None:
             torch.testing.assert_close(weighted[parameter_name], parameter.grad, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("block", [1, 200, 10**6])
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("conv")])
-def test_one_convolution_makes_per_sample_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shifted_views_make_per_sample_gradients(name: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x, y = build(name)
     part = sample_gradients(module, prepare(module, x), y, FACTOR)
-    monkeypatch.setattr("gtddp_dist.players.conv.LIBRARY_POSITIONS", 10**9)
+    monkeypatch.setattr("gtddp_dist.players.conv.SHIFTED_POSITIONS", 10**9)
     by_products = part.per_sample()
-    monkeypatch.setattr("gtddp_dist.players.conv.LIBRARY_POSITIONS", 0)
+    monkeypatch.setattr("gtddp_dist.players.conv.SHIFTED_POSITIONS", 0)
+    monkeypatch.setattr("gtddp_dist.players.conv.SHIFTED_CHANNELS", 0)
+    monkeypatch.setitem(BLOCK_NUMBERS, "cpu", block)
     found = part.per_sample()
     assert found.keys() == by_products.keys()
     for key, expected in by_products.items():
@@ -226,7 +230,7 @@ def test_formed_gradients_have_the_same_products(name: str, limit: int, monkeypa
     module, x, y = build(name)
     part = sample_gradients(module, prepare(module, x), y, FACTOR)
     scales: dict[str, Scale] = {n: torch.rand_like(p) for n, p in part.controls.items()}
-    formed = part.formed(scales, B)
+    formed = part.formed(True, B)
     assert isinstance(formed, FormedGradients) is (limit > 0 or not is_affine(module))
     weights, rows = torch.randn(B, dtype=torch.float64), slice(1, 4)
     torch.testing.assert_close(formed.gram(scales), part.gram(scales), rtol=1e-12, atol=1e-12)
@@ -235,4 +239,4 @@ def test_formed_gradients_have_the_same_products(name: str, limit: int, monkeypa
         torch.testing.assert_close(formed.weighted(weights)[key], expected, rtol=1e-12, atol=1e-12)
     direction = {n: torch.randn_like(p) for n, p in part.controls.items()}
     torch.testing.assert_close(formed.inner(direction), part.inner(direction), rtol=1e-12, atol=1e-12)
-    assert formed.formed(scales, B) is formed
+    assert formed.formed(True, B) is formed

@@ -72,7 +72,7 @@ def gram_ways(config: Config) -> list[Way]:
 
 def _ways(config: Config, layer: str, part: AffineGradients, samples: int) -> list[Way]:
     unit = dict.fromkeys(part.controls, 1.0)
-    kept = isinstance(part.formed(unit, samples), FormedGradients)
+    kept = isinstance(part.formed(False, samples), FormedGradients)
     taken: GramPath = "materialise" if kept else part.cheapest_path(samples)
     costs = part.path_costs(samples)
     paths: list[GramPath] = [path for path in get_args(GramPath) if path in costs]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..capture import Stream
 from ..collectives import ALONE, Collectives
 from ..errors import OptionError
-from ..players import PlayerSamples
+from ..players import PlayerSamples, SampleGradients, is_affine
 from ..trajectory import Player
 
 Grads = Mapping[str, Tensor]
@@ -92,11 +92,6 @@ class Metric(ABC):
     def gram(self, samples: PlayerSamples) -> Tensor:
         """H = S R^-1 S^T, shape (B, B), symmetric, in float64."""
 
-    def formed(self, samples: PlayerSamples, rows: int) -> PlayerSamples:
-        """The same samples; with S formed, where that is cheapest for the Gram matrices of groups of so many rows and
-        for the step, and it is small."""
-        return samples
-
 
 @dataclass(frozen=True)
 class Direction:
@@ -161,6 +156,20 @@ class Curvature(ABC):
                 "no cross terms: use 'none'"
             )
         return self
+
+    def forms(self, samples: SampleGradients, rows: int) -> bool:
+        """Whether S of a module is best formed as soon as its derivative is there: what it is made of is then let go.
+
+        Args:
+            samples: of one module.
+            rows: of a recursion group.
+        """
+        return not is_affine(samples.module)  # statistics may need a layer's inputs
+
+    def formed(self, samples: PlayerSamples, rows: int) -> PlayerSamples:
+        """The same samples; with S formed, where that is cheapest for the Gram matrices of groups of so many rows and
+        for the step, and it is small."""
+        return samples
 
     def defaults(self) -> dict[str, object]:
         """The options, as they go into ``param_groups``."""

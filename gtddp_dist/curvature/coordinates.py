@@ -16,6 +16,7 @@ from torch import Tensor
 from ..players import AffineGradients, PlayerSamples, Scale, of_module, qualified
 from ..players.affine import outer_product_gram
 from ..players.base import gram_of
+from ..players.blocks import gram_in_blocks, gram_runs, mean_square_in_blocks
 from ..players.samples import symmetric
 from .base import Grads, Metric
 from .factors import InputSide
@@ -52,8 +53,40 @@ class Coordinates:
 
     def per_sample(self, part: AffineGradients) -> Tensor:
         """Every sample's gradient matrix in coordinates, shape (B, G, O, I)."""
+        if self.inputs.by_channel:
+            grads = part.rotated(self.inputs.basis, self.outputs).per_sample()
+            return self.inputs.layout.matrices(grads)
+        if self._formed_first(part):
+            return self.into(self.inputs.layout.matrices(part.per_sample()))
         x_BGLI, y_BGLO = self.positions(part)
         return y_BGLO.mT @ x_BGLI
+
+    def gram(self, part: AffineGradients) -> Tensor:
+        """S C^-1 S^T, shape (B, B)."""
+        if self.separable is not None:
+            b_GO, a_GI = self.separable
+            x_BGLI, y_BGLO = self.positions(part)
+            return outer_product_gram(x_BGLI * a_GI.sqrt()[:, None], y_BGLO * b_GO.sqrt()[:, None])
+        if self.inputs.by_channel:  # a rotation of channels leaves a convolution one
+            return part.rotated(self.inputs.basis, self.outputs).gram(self.inputs.layout.parameters(self.inverse))
+        if self._formed_first(part):
+            return gram_runs(self.per_sample(part), self.inverse)
+        return gram_in_blocks(*self.positions(part), self.inverse)
+
+    def mean_square(self, part: AffineGradients) -> Tensor:
+        """The mean over samples of every coordinate's square, shape (G, O, I)."""
+        if self.inputs.by_channel:
+            return self.inputs.layout.matrix(part.rotated(self.inputs.basis, self.outputs).mean_square())
+        if self._formed_first(part):
+            return self.per_sample(part).square_().mean(0)
+        return mean_square_in_blocks(*self.positions(part))
+
+    def _formed_first(self, part: AffineGradients) -> bool:
+        """Whether forming gradients and rotating them is less work than rotating the inputs of all positions."""
+        positions = part.output_grads.numel() // (
+            len(part.output_grads) * self.outputs.shape[0] * self.outputs.shape[1]
+        )
+        return self.outputs.shape[1] < positions
 
 
 @dataclass(frozen=True)
@@ -117,15 +150,11 @@ class CoordinateMetric(Metric):
                 continue
             layer = self.layers[name]
             assert isinstance(part, AffineGradients)
-            if layer.separable is not None:
-                b_GO, a_GI = layer.separable
-                x_BGLI, y_BGLO = layer.positions(part)
-                gram = outer_product_gram(x_BGLI * a_GI.sqrt()[:, None], y_BGLO * b_GO.sqrt()[:, None])
+            if self.coupling is not None and name in (self.coupling.first, self.coupling.second):
+                coupled[name] = layer.per_sample(part)
+                gram = gram_runs(coupled[name], layer.inverse)
             else:
-                grads = layer.per_sample(part)
-                gram = (grads * layer.inverse).flatten(1) @ grads.flatten(1).mT
-                if self.coupling is not None and name in (self.coupling.first, self.coupling.second):
-                    coupled[name] = grads
+                gram = layer.gram(part)
             total = total + self.rates[name] * gram.double()
         if self.coupling is not None and len(coupled) == 2:
             O, I = self.coupling.inverse.shape  # noqa: E741

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..players import PlayerSamples, Scale
+from ..players import PlayerSamples, SampleGradients, Scale
 from .base import Controls, Curvature, Direction, Evidence, Grads, Group, Metric, MomentumOf, State, Statistics
 
 
@@ -23,9 +23,6 @@ class DiagonalMetric(Metric):
 
     def gram(self, samples: PlayerSamples) -> Tensor:
         return samples.gram(self.inverse)
-
-    def formed(self, samples: PlayerSamples, rows: int) -> PlayerSamples:
-        return samples.formed(self.inverse, rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +59,12 @@ class DiagonalCurvature(Curvature):
     def absorbs(self, group: Group, momentum_of: MomentumOf) -> bool:
         """Whether an update with (g, c) equals one with (g + c, None)."""
         return False
+
+    def forms(self, samples: SampleGradients, rows: int) -> bool:
+        return samples.best_formed_at_once(self.adaptive, rows)
+
+    def formed(self, samples: PlayerSamples, rows: int) -> PlayerSamples:
+        return samples.formed(self.adaptive, rows)
 
     def statistics(self, controls: Controls, evidence: Evidence) -> dict[str, State]:
         return {

@@ -71,10 +71,13 @@ class EKFAC(KroneckerCurvature):
             side, basis_b = self.sides(state, layout)
             part = samples.parts[name]
             assert isinstance(part, AffineGradients)
-            grads_BGOI = Coordinates(side, basis_b, state["second_moments"]).per_sample(part)
-            self.mix(state, "second_moments", (grads_BGOI**2).mean(0), name, ranks)
+            coordinates = Coordinates(side, basis_b, state["second_moments"])
             if pair is not None and name in pair:
-                coupled[name] = grads_BGOI
+                coupled[name] = coordinates.per_sample(part)
+                squares = (coupled[name] ** 2).mean(0)
+            else:
+                squares = coordinates.mean_square(part)
+            self.mix(state, "second_moments", squares, name, ranks)
         if pair is not None and self.cooperation == "exact":
             state = new[anchor_of(pair[0], controls)]
             O, I = state["cross_moments"].shape  # noqa: E741

@@ -68,6 +68,15 @@ class Layout:
             parts.append(grads["bias"].reshape(self.groups, self.outputs, 1))
         return torch.cat(parts, dim=2)
 
+    def matrices(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """The same for every sample: (B, *parameter shape) by name -> (B, G, O, I)."""
+        parts = []
+        if self.channels:
+            parts.append(grads["weight"].reshape(-1, self.groups, self.outputs, self.channels * self.taps))
+        if self.bias:
+            parts.append(grads["bias"].reshape(-1, self.groups, self.outputs, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
     def parameters(self, matrix_GOI: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`matrix`."""
         weights = self.channels * self.taps

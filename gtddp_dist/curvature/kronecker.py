@@ -170,7 +170,7 @@ class KroneckerCurvature(Curvature):
 
     def begin(self, controls: Controls, evidence: Evidence) -> Begun:
         """Up to the decompositions that are this replica's to make; the rest exchanges them."""
-        new: dict[str, State] = {name: {} for name in evidence.gradient}
+        new: dict[str, State] = {name: {} for name in (controls.parameters if controls.player else evidence.gradient)}
         if controls.player is None:
             return Begun(lambda samples: new, waits=False)
         samples = evidence.samples
@@ -430,6 +430,9 @@ class KroneckerCurvature(Curvature):
             return Direction(fresh, {})
         # R^-1 p = lr (C^-1 g + mu buf), so p = g + mu C buf.
         return Direction(fresh, self._metric(controls, statistics, rated=False).multiply(buffers))
+
+    def absorbs_correction(self, controls: Controls, momentum_of: MomentumOf) -> bool:
+        return momentum_of == "step" or not any(number(group, "momentum") for group in controls.groups.values())
 
     def update(
         self,

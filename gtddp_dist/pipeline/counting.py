@@ -354,8 +354,7 @@ def _gram(part: SampleGradients, counting: Counting) -> Tensor:
     layer = _coordinates(part, counting)
     if counting.metric == "kfac" and counting.factors != "spatially_uncorrelated":  # else not separable
         return outer_product_gram(*layer.positions(part))
-    grads = layer.per_sample(part)
-    return grads.flatten(1) @ grads.flatten(1).mT
+    return layer.gram(part)
 
 
 def _coordinates(part: AffineGradients, counting: Counting) -> Coordinates:
@@ -384,7 +383,7 @@ def _factor_costs(part: AffineGradients, counting: Counting) -> tuple[float, int
     work = _count(form) / counting.factor_every
     if counting.metric == "ekfac":  # second moments of every sample's gradient in the eigenbasis
         layer = _coordinates(part, counting)
-        work += _count(lambda: layer.per_sample(part)) / counting.factor_every
+        work += _count(lambda: layer.mean_square(part)) / counting.factor_every
     n, O = layout.channels if by_channel else layout.inputs, layout.outputs  # noqa: E741
     decompositions = 9.0 * layout.groups * (n**3 + O**3)  # a symmetric eigendecomposition with vectors
     numbers = layout.groups * (n * n + O * O)

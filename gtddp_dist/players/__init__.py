@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .affine import AffineGradients, GramPath, LinearGradients
-from .base import FormedGradients, SampleGradients, Scale, formed_together
+from .base import FormedGradients, SampleGradients, Scale, put_together
 from .conv import ConvGradients
 from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
 from .samples import PlayerSamples, of_module, qualified
@@ -54,11 +54,11 @@ __all__ = [
     "PlayerSamples",
     "SampleGradients",
     "Scale",
-    "formed_together",
     "is_affine",
     "is_supported",
     "of_module",
     "prepare",
+    "put_together",
     "qualified",
     "sample_gradients",
 ]

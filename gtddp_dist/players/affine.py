@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import SampleGradients, Scale, gram_of
+from .base import SampleGradients, Scale, gram_of, is_diagonal
+from .blocks import gram_in_blocks, mean_square_in_blocks
 from .pairs import PASS, pair_cost, pair_gram, unfolded
 
 GramPath = Literal["materialise", "positions", "pixels"]
@@ -39,8 +40,7 @@ def outer_product_gram(x_BGLI: Tensor, y_BGLO: Tensor, path: GramPath | None = N
         by_pairs = pair_cost(B, seen, L, I, O, x_BGLI.device.type) <= formed_cost(B, L, I, O, FORMED_PASSES)
         path = "positions" if by_pairs else "materialise"
     if path == "materialise":
-        grads = (y_BGLO.mT @ x_BGLI).flatten(1)
-        return grads @ grads.mT
+        return gram_in_blocks(x_BGLI, y_BGLO, None)
     return pair_gram(x_BGLI.permute(1, 2, 0, 3), y_BGLO.permute(1, 2, 0, 3), seen)
 
 
@@ -48,6 +48,10 @@ class AffineGradients(SampleGradients):
     """A layer whose weight gradient is, per sample and channel group, sum over positions of y x^T."""
 
     affine = True
+
+    @abstractmethod
+    def rotated(self, inputs_GCC: Tensor, outputs_GOO: Tensor) -> AffineGradients:
+        """The same with other channels: x E along those of the input, y E along those of the output, group by group."""
 
     @abstractmethod
     def positions(self) -> tuple[Tensor, Tensor]:
@@ -76,28 +80,55 @@ class AffineGradients(SampleGradients):
         """S R^-1 S^T; ``path`` overrides the choice by counted cost (a diagonal metric is always materialised)."""
         weight = self.controls.get("weight")
         scale = inverse_metric["weight"] if weight is not None else 1.0
-        if weight is None or (isinstance(scale, Tensor) and scale.ndim > 0):
+        if weight is None:
             return gram_of(self.per_sample(), inverse_metric)
-        path = path or self.cheapest_path(len(self.inputs))
-        if path == "materialise":
-            return gram_of(self.per_sample(), inverse_metric)
-        gram = scale * self._pair_gram(path)
+        if is_diagonal(scale) or (path or self.cheapest_path(len(self.inputs))) == "materialise":
+            if self._small:
+                return gram_of(self.per_sample(), inverse_metric)
+            gram = self._gram_in_blocks(scale)
+        else:
+            gram = scale * self._pair_gram(path or self.cheapest_path(len(self.inputs)))
         if "bias" in self.controls:
             gram = gram + gram_of({"bias": self._bias_grads()}, inverse_metric)
         return gram
+
+    def _gram_in_blocks(self, scale: Scale) -> Tensor:
+        """S R^-1 S^T of the weight, S never formed as a whole."""
+        x_BGLI, y_BGLO = self.positions()
+        if not is_diagonal(scale):
+            return scale * gram_in_blocks(x_BGLI, y_BGLO, None)
+        return gram_in_blocks(x_BGLI, y_BGLO, scale.reshape(x_BGLI.shape[1], y_BGLO.shape[3], -1))
 
     def _pair_gram(self, path: GramPath) -> Tensor:
         """S S^T of the weight by pairs."""
         return outer_product_gram(*self.positions(), "positions")
 
-    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> SampleGradients:
+    def mean_square(self) -> dict[str, Tensor]:
+        """The mean over samples of the squares of S: parameter name -> parameter shape."""
+        if "weight" not in self.controls or self._small:
+            return {name: grads.square().mean(0) for name, grads in self.per_sample().items()}
+        shape = self.controls["weight"].shape
+        squares = {"weight": mean_square_in_blocks(*self.positions()).reshape(shape)}
+        return squares | ({"bias": self._bias_grads().square().mean(0)} if "bias" in self.controls else {})
+
+    def formed(self, diagonal: bool, samples: int) -> SampleGradients:
+        if self._small and (diagonal or self._worth_forming(samples)):
+            return super().formed(diagonal, samples)
+        return self
+
+    def best_formed_at_once(self, diagonal: bool, samples: int) -> bool:
+        return self._relative_size <= 1 and (diagonal or self._worth_forming(samples))
+
+    @property
+    def _relative_size(self) -> float:
+        """Numbers of S over those of what it is made of."""
         numbers = sum(parameter.numel() for parameter in self.controls.values())
-        captured = (self.inputs.numel() + self.output_grads.numel()) / len(self.inputs)
-        scale = inverse_metric.get("weight", 1.0)
-        diagonal = isinstance(scale, Tensor) and scale.ndim > 0
-        if numbers > FORMED_LIMIT * captured or not (diagonal or self._worth_forming(samples)):
-            return self
-        return super().formed(inverse_metric, samples)
+        return numbers * len(self.inputs) / (self.inputs.numel() + self.output_grads.numel())
+
+    @property
+    def _small(self) -> bool:
+        """Whether S may be kept."""
+        return self._relative_size <= FORMED_LIMIT
 
     def _worth_forming(self, samples: int) -> bool:
         """Whether per-sample gradients, which then serve S^T w too, cost less than pairs and another product for it."""
@@ -138,6 +169,10 @@ class LinearGradients(AffineGradients):
     def output_positions(self) -> Tensor:
         y = self.output_grads * self.factor
         return y.reshape(y.shape[0], 1, -1, y.shape[-1])
+
+    def rotated(self, inputs_GCC: Tensor, outputs_GOO: Tensor) -> LinearGradients:
+        x, y = self.inputs @ inputs_GCC[0], self.output_grads @ outputs_GOO[0]
+        return LinearGradients(self.module, x, y, self.factor)
 
     def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
         x_BGLI, y_BGLO = self.positions()

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+from .blocks import gram_runs, inner_runs, weighted_runs
 
 Scale = float | Tensor
 """One parameter's diagonal inverse metric: a number, or a tensor of the parameter's shape."""
@@ -61,21 +64,30 @@ class SampleGradients(ABC):
 
     def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
         """S^T w: parameter name -> parameter shape."""
-        return {n: torch.tensordot(weights_B.to(g), g, dims=1) for n, g in self.per_sample().items()}
+        return {n: weighted_runs(weights_B.to(g), g) for n, g in self.per_sample().items()}
 
     def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
         """S d, shape (B,), for a direction given by parameter name."""
         grads = self.per_sample()
-        return sum_tensors(grads[n].flatten(1) @ direction[n].flatten() for n in self.controls)
+        return sum_tensors(inner_runs(grads[n], direction[n]) for n in self.controls)
 
     def gram(self, inverse_metric: Mapping[str, Scale]) -> Tensor:
         """S R^-1 S^T, shape (B, B), for a diagonal R^-1 given by parameter name."""
         return gram_of(self.per_sample(), inverse_metric)
 
-    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> SampleGradients:
+    def formed(self, diagonal: bool, samples: int) -> SampleGradients:
         """The same with S formed, where that is the cheapest for Gram matrices of so many samples and S^T w together,
-        and S is small; else this one."""
+        and S is small; else this one.
+
+        Args:
+            diagonal: whether the metric has a number for every control, rather than one for all.
+            samples: of a recursion group.
+        """
         return FormedGradients(self.module, self.per_sample())
+
+    def best_formed_at_once(self, diagonal: bool, samples: int) -> bool:
+        """Whether :meth:`formed` forms S, and S takes less memory than what it is made of."""
+        return True
 
 
 class FormedGradients(SampleGradients):
@@ -83,46 +95,62 @@ class FormedGradients(SampleGradients):
 
     Args:
         module: the module whose trainable parameters are the controls.
-        grads: S by parameter name.
+        grads: S by parameter name, but for the factor.
+        factor: multiplies them, where they are used.
     """
 
-    def __init__(self, module: nn.Module, grads: Mapping[str, Tensor]) -> None:
+    def __init__(self, module: nn.Module, grads: Mapping[str, Tensor], factor: float | Tensor = 1.0) -> None:
         empty = next(iter(grads.values())).new_empty(0)
-        super().__init__(module, empty, empty)
+        super().__init__(module, empty, empty, factor)
         self._grads = dict(grads)
 
     def rows(self, rows: slice) -> SampleGradients:
-        return FormedGradients(self.module, {name: grad[rows] for name, grad in self._grads.items()})
+        return FormedGradients(self.module, {name: grad[rows] for name, grad in self._grads.items()}, self.factor)
 
     def per_sample(self) -> dict[str, Tensor]:
-        return self._grads
+        return {name: grad * self.factor for name, grad in self._grads.items()}
+
+    def weighted(self, weights_B: Tensor) -> dict[str, Tensor]:
+        return {n: weighted_runs((weights_B * self.factor).to(g), g) for n, g in self._grads.items()}
+
+    def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
+        return sum_tensors(inner_runs(grad, direction[n]) for n, grad in self._grads.items()) * self.factor
+
+    def gram(self, inverse_metric: Mapping[str, Scale]) -> Tensor:
+        return gram_of(self._grads, inverse_metric) * self.factor**2
 
     def plus(self, other: SampleGradients, weights_R: Tensor) -> SampleGradients:
-        grads = {}
+        grads = self.per_sample()
         for name, added in other.per_sample().items():
-            own, weights = self._grads[name], weights_R.to(added).reshape(-1, *([1] * (added.ndim - 1)))
+            own, weights = grads[name], weights_R.to(added).reshape(-1, *([1] * (added.ndim - 1)))
             grads[name] = own + (added * weights).reshape(len(own), -1, *own.shape[1:]).sum(1)
         return FormedGradients(self.module, grads)
 
-    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> SampleGradients:
+    def formed(self, diagonal: bool, samples: int) -> SampleGradients:
         return self
 
 
-def formed_together(parts: Sequence[SampleGradients]) -> FormedGradients:
+def put_together(grads: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """S of several runs of samples of one module, one below the other."""
-    grads = [part.per_sample() for part in parts]
-    return FormedGradients(parts[0].module, {name: torch.cat([each[name] for each in grads]) for name in grads[0]})
+    if len(grads) == 1:
+        return dict(grads[0])
+    return {name: torch.cat([each[name] for each in grads]) for name in grads[0]}
 
 
 def gram_of(grads: Mapping[str, Tensor], inverse_metric: Mapping[str, Scale]) -> Tensor:
     """S R^-1 S^T from materialised per-sample gradients."""
-    return sum_tensors(_gram_of_one(g.flatten(1), inverse_metric[n]) for n, g in grads.items())
+    return sum_tensors(_gram_of_one(g, inverse_metric[n]) for n, g in grads.items())
 
 
-def _gram_of_one(grads_BU: Tensor, scale: Scale) -> Tensor:
-    if isinstance(scale, Tensor) and scale.ndim > 0:
-        return (grads_BU * scale.flatten()) @ grads_BU.mT
-    return scale * (grads_BU @ grads_BU.mT)
+def _gram_of_one(grads: Tensor, scale: Scale) -> Tensor:
+    if is_diagonal(scale):
+        return gram_runs(grads, scale)
+    return scale * gram_runs(grads, None)
+
+
+def is_diagonal(scale: Scale) -> TypeGuard[Tensor]:
+    """Whether it is a tensor of the parameter's shape, not one number."""
+    return isinstance(scale, Tensor) and scale.ndim > 0
 
 
 def sum_tensors(terms: object) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import FormedGradients, SampleGradients
+from .blocks import block_numbers
 
 _BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
@@ -52,17 +53,25 @@ class BatchNormGradients(_ChannelNormGradients):
     """nn.BatchNorm1d, 2d and 3d."""
 
     def _scales(self) -> Tensor:
-        # x_hat itself is not formed: only its sums are needed, and scaling them is cheaper than scaling x.
+        # x_hat itself is not formed: only its sums are needed, and scaling them is cheaper than scaling x. What is
+        # centred is let go some samples later, so that all of it has the same little memory.
         norm = cast(_BatchNorm, self.module)
         x_BCL, y_BCL = (z.reshape(*z.shape[:2], -1) for z in (self.inputs, self.output_grads))
-        if norm.training or norm.running_mean is None or norm.running_var is None:
-            count = len(x_BCL) * x_BCL.shape[2]
-            centred_BCL = x_BCL - (x_BCL.sum(2).sum(0) / count)[:, None]
-            variance_C = torch.linalg.vector_norm(centred_BCL, dim=2).square().sum(0) / count
+        of_batch = norm.training or norm.running_mean is None or norm.running_var is None
+        count = len(x_BCL) * x_BCL.shape[2]
+        mean_C = x_BCL.sum(2).sum(0) / count if of_batch else cast(Tensor, norm.running_mean).to(x_BCL)
+        products, squares = [], []
+        some = max(1, block_numbers(x_BCL.device) // x_BCL[0].numel())
+        for x_bCL, y_bCL in zip(x_BCL.split(some), y_BCL.split(some), strict=True):
+            centred_bCL = x_bCL - mean_C[:, None]
+            products.append(torch.linalg.vecdot(centred_bCL, y_bCL))
+            if of_batch:
+                squares.append(torch.linalg.vector_norm(centred_bCL, dim=2).square().sum(0))
+        if of_batch:
+            variance_C = torch.stack(squares).sum(0) / count
         else:
-            centred_BCL = x_BCL - norm.running_mean.to(x_BCL)[:, None]
-            variance_C = norm.running_var.to(x_BCL)
-        return torch.linalg.vecdot(centred_BCL, y_BCL) * torch.rsqrt(variance_C + norm.eps)
+            variance_C = cast(Tensor, norm.running_var).to(x_BCL)
+        return torch.cat(products) * torch.rsqrt(variance_C + norm.eps)
 
 
 class GroupNormGradients(_ChannelNormGradients):

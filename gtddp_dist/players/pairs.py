@@ -39,11 +39,13 @@ class Phase:
     Attributes:
         pixels: which they are, along each dimension of space.
         sizes: how many, likewise.
-        offsets: along each dimension, for each kernel element that sees them, the number of the pixel at position 0.
+        elements: along each dimension, the kernel elements that see them.
+        offsets: along each dimension, for each of these, the number of the pixel at position 0.
     """
 
     pixels: tuple[slice, ...]
     sizes: tuple[int, ...]
+    elements: tuple[tuple[int, ...], ...]
     offsets: tuple[tuple[int, ...], ...]
 
 
@@ -51,16 +53,16 @@ def phases(
     space: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[Phase]:
     """All phases that a kernel sees of a space of that size; those without a pixel are left out."""
-    along: list[list[tuple[slice, int, tuple[int, ...]]]] = []
+    along: list[list[tuple[slice, int, tuple[int, ...], tuple[int, ...]]]] = []
     for size, elements, step, border, gap in zip(space, kernel, stride, padding, dilation, strict=True):
-        offsets: dict[int, list[int]] = {}
+        seeing: dict[int, list[tuple[int, int]]] = {}
         for element in range(elements):
             offset, start = divmod(element * gap - border, step)
-            offsets.setdefault(start, []).append(offset)
+            seeing.setdefault(start, []).append((element, offset))
         along.append(
             [
-                (slice(start, size, step), len(range(start, size, step)), tuple(found))
-                for start, found in offsets.items()
+                (slice(start, size, step), len(range(start, size, step)), *zip(*found, strict=True))
+                for start, found in seeing.items()
                 if start < size
             ]
         )
@@ -69,7 +71,7 @@ def phases(
 
 def unfolded(positions: int) -> list[Phase]:
     """The one phase of inputs that are as the layer sees them, position by position, along one dimension."""
-    return [Phase((slice(None),), (positions,), ((0,),))]
+    return [Phase((slice(None),), (positions,), ((0,),), ((0,),))]
 
 
 def blocks(samples: int, positions: int, device: str) -> list[slice]:

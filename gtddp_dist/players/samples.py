@@ -29,10 +29,9 @@ class PlayerSamples:
             sum_tensors(part.gram(of_module(name, inverse_metric)).double() for name, part in self.parts.items())
         )
 
-    def formed(self, inverse_metric: Mapping[str, Scale], samples: int) -> PlayerSamples:
+    def formed(self, diagonal: bool, samples: int) -> PlayerSamples:
         """The same with S formed where that is cheapest for Gram matrices of so many rows, and it is small."""
-        parts = {n: part.formed(of_module(n, inverse_metric), samples) for n, part in self.parts.items()}
-        return PlayerSamples(parts)
+        return PlayerSamples({name: part.formed(diagonal, samples) for name, part in self.parts.items()})
 
     def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
         """S d, shape (B,), for d by qualified parameter name."""
