@@ -274,8 +274,8 @@ class Capture:
         inputs = micro_batch.inputs[module]
         if module in micro_batch.let_go:
             raise ModelError(
-                f"a second backward pass reached module '{self.names[module]}', whose data were let go after the first: "
-                "call the first one with retain_graph=True, or add up the losses"
+                f"a second backward pass reached module '{self.names[module]}', whose data were let go after the "
+                "first: call the first one with retain_graph=True, or add up the losses"
             )
         dtype = next(module.parameters(recurse=False)).dtype
         with (

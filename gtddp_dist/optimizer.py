@@ -21,7 +21,7 @@ from .inspection import ExplicitPolicy, ExplicitValue, Inspector
 from .nonfinite import Source
 from .options import PAPER, Options
 from .phases import in_phase
-from .players import SampleGradients
+from .players import SampleGradients, is_affine
 from .step import Grads, Step
 from .sweep import Value
 from .terminal import exact_cotangents, sampled_cotangents
@@ -121,6 +121,9 @@ class GTDDP(torch.optim.Optimizer):
         """What the last refused step had made that was not finite, as far as it was found."""
         self.first_sample = 0
         """Index, within the step, of this process's first sample: it keys the sampled labels."""
+        self.forms_layers_early = True
+        """Form a layer's per-sample gradients in the backward pass where that takes less memory and no more time. Ranks
+        do not: others wait for their backward passes."""
         self._grad_scaler = grad_scaler
         self._inspect = inspect
         self._inspector: Inspector | None = None
@@ -143,7 +146,7 @@ class GTDDP(torch.optim.Optimizer):
 
     def _forms(self, samples: SampleGradients) -> bool:
         """Whether a module's per-sample gradients are formed during the backward pass."""
-        if not self.options.feedback:
+        if not self.options.feedback or (is_affine(samples.module) and not self.forms_layers_early):
             return False
         scope = self.options.scope
         return self.curvature.forms(samples, scope if isinstance(scope, int) else len(samples.inputs))

@@ -23,7 +23,7 @@ from ..curvature import factors as bases
 from ..curvature.coordinates import Coordinates
 from ..curvature.factors import Factors, InputSide, Layout
 from ..errors import UserError
-from ..players import AffineGradients, SampleGradients, is_affine, prepare, sample_gradients
+from ..players import AffineGradients, FormedGradients, SampleGradients, is_affine, prepare, sample_gradients
 from ..players.affine import outer_product_gram
 from ..trajectory import LiveValue, Player, Trajectory, floating_tensors
 
@@ -62,6 +62,10 @@ class Counting:
     basis_every: int = 50
     n_micro: int = 1
 
+    def forms(self, module: nn.Module) -> bool:
+        """Whether per-sample gradients of a module are formed in the backward pass (`GTDDP.forms_layers_early`)."""
+        return self.feedback and self.rows == 1 and not is_affine(module)
+
     def value_numbers(self, samples: int) -> float:
         """Numbers of the value states of so many samples: c and M of every recursion."""
         group = self.recursion_samples or samples
@@ -77,7 +81,8 @@ class StageCosts:
         player: name of the stage's player.
         samples: of the micro-batch.
         forward: work of the stage.
-        backward: of the gradient of its live tensors, and of parameters that belong to no player.
+        backward: of the gradient of its live tensors, of parameters that belong to no player, and of per-sample
+            gradients that are formed at once.
         gram: of its Gram matrices.
         sweep, feedback: of its part in the recursion.
         weight: of its weight-gradients, weighted or not.
@@ -87,7 +92,8 @@ class StageCosts:
         parameter_bytes: all parameters that it reads.
         factor_bytes: curvature statistics that are averaged over replicas.
         kept_bytes: what autograd keeps from forward to backward.
-        captured_bytes: layer inputs and output gradients kept for Gram matrices and weight-gradients.
+        captured_bytes: what is kept for Gram matrices and weight-gradients: layer inputs and output gradients, or
+            per-sample gradients that were formed in the backward pass.
     """
 
     player: str
@@ -248,17 +254,22 @@ class _StageRun:
         return hook
 
     def costs(self, samples: int, counting: Counting) -> StageCosts:
-        captured_bytes, gram, weight, statistics, factor_bytes = 0, 0.0, 0.0, 0.0, 0
+        captured_bytes, gram, weight, statistics, factor_bytes, forming = 0, 0.0, 0.0, 0.0, 0, 0.0
         group = counting.recursion_samples or samples
         for name, module in self.player.modules.items():
             inputs = prepare(module, self.inputs[name].detach())
             slopes = self.outputs[name].detach()
             part = sample_gradients(module, inputs, slopes)
-            captured_bytes += inputs.nbytes + slopes.nbytes * (1 if counting.rows == 1 else 1 + counting.rows)
-            weight += _count(partial(part.weighted, slopes.new_empty(samples)))
             rows = sample_gradients(
                 module, _resized(inputs, group * counting.rows), _resized(slopes, group * counting.rows)
             )
+            if counting.forms(module):  # in the backward pass, and what it is made of is let go
+                forming += _count(part.per_sample)
+                part, rows = (FormedGradients(module, each.per_sample()) for each in (part, rows))
+                captured_bytes += sum(grads.nbytes for grads in part.per_sample().values())
+            else:
+                captured_bytes += inputs.nbytes + slopes.nbytes * (1 if counting.rows == 1 else 1 + counting.rows)
+            weight += _count(partial(part.weighted, slopes.new_empty(samples)))
             if counting.feedback:
                 gram += _count(partial(_gram, rows, counting)) * samples / group
             if counting.metric in ("kfac", "ekfac") and is_affine(module):
@@ -272,7 +283,7 @@ class _StageRun:
             player=self.player.name,
             samples=samples,
             forward=self.forward_work,
-            backward=self._backward(),
+            backward=self._backward() + forming,
             gram=gram,
             sweep=sweep * samples / group,
             feedback=2.0 * n * n * samples / group,

@@ -32,7 +32,7 @@ class RankCosts:
         optimizer_bytes: state of the optimizer.
         statistics_bytes: curvature statistics of a step that are averaged over the data axis.
         kept_bytes: what is kept of a micro-batch from FORWARD to BACKWARD.
-        captured_bytes: what is kept of it from BACKWARD to WEIGHT: the layers' inputs and output gradients.
+        captured_bytes: what is kept of it from BACKWARD to WEIGHT: the layers' inputs and output gradients, or S.
 
     Raises:
         UserError: a number that is negative or not finite.

@@ -102,10 +102,10 @@ class ConvGradients(AffineGradients):
         return z_BGCS.permute(1, *range(3, z_BGCS.ndim), 0, 2)
 
     def per_sample(self) -> dict[str, Tensor]:
-        """One kernel element at a time where that is faster: for large images, on a CPU."""
+        """One kernel element at a time where that is faster: for large images."""
         conv, y = self.module, self.output_grads
         few = y.shape[2:].numel() < SHIFTED_POSITIONS or conv.in_channels // conv.groups < SHIFTED_CHANNELS
-        if "weight" not in self.controls or y.device.type != "cpu" or few:
+        if "weight" not in self.controls or few:
             return super().per_sample()
         x_BGCS, y_BGOS = (z.unflatten(1, (conv.groups, -1)) for z in (self.inputs, y * self.factor))
         weight = shifted_gradients(x_BGCS, y_BGOS, self._phases(), conv.kernel_size)

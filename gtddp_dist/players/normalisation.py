@@ -67,10 +67,7 @@ class BatchNormGradients(_ChannelNormGradients):
             products.append(torch.linalg.vecdot(centred_bCL, y_bCL))
             if of_batch:
                 squares.append(torch.linalg.vector_norm(centred_bCL, dim=2).square().sum(0))
-        if of_batch:
-            variance_C = torch.stack(squares).sum(0) / count
-        else:
-            variance_C = cast(Tensor, norm.running_var).to(x_BCL)
+        variance_C = torch.stack(squares).sum(0) / count if of_batch else cast(Tensor, norm.running_var).to(x_BCL)
         return torch.cat(products) * torch.rsqrt(variance_C + norm.eps)
 
 

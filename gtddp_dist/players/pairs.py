@@ -61,7 +61,12 @@ def phases(
             seeing.setdefault(start, []).append((element, offset))
         along.append(
             [
-                (slice(start, size, step), len(range(start, size, step)), *zip(*found, strict=True))
+                (
+                    slice(start, size, step),
+                    len(range(start, size, step)),
+                    tuple(element for element, _ in found),
+                    tuple(offset for _, offset in found),
+                )
                 for start, found in seeing.items()
                 if start < size
             ]

@@ -21,7 +21,7 @@ from .blocks import block_numbers
 from .pairs import Phase
 
 PADDED_BLOCKS = 4
-"""Numbers of the padded images of some samples, in blocks: with fewer, the batches of matrix products become too small."""
+"""Numbers of some samples' padded images, in blocks: with fewer, batches of matrix products become too small."""
 
 
 def shifted_gradients(x_BGCS: Tensor, y_BGOS: Tensor, seen: Sequence[Phase], kernel: Sequence[int]) -> Tensor:
@@ -46,7 +46,8 @@ def shifted_gradients(x_BGCS: Tensor, y_BGOS: Tensor, seen: Sequence[Phase], ker
         samples = math.ceil(B / parts)  # of a part, so that padded copies stay small
         for first in range(0, B, samples):
             some = slice(first, first + samples)
-            x = padded.pixels(x_BGCS[(some, ..., *phase.pixels)].flatten(0, 1))
+            pixels = (some, slice(None), slice(None), *phase.pixels)
+            x = padded.pixels(x_BGCS[pixels].flatten(0, 1))
             y = padded.positions(y_BGOS[some].flatten(0, 1))
             for place, start in padded.starts:
                 x_k = x[:, :, start : start + y.shape[2]]
