@@ -272,6 +272,68 @@ def test_zero_grad_forgets_earlier_backward_passes_and_may_stand_anywhere() -> N
     assert torch.equal(ends[0], ends[1])
 
 
+class Small(nn.Module):
+    """A convolution and a norm whose per-sample gradients are smaller than what they are made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def small(**options: object) -> tuple[Small, GTDDP, Tensor, Tensor]:
+    torch.manual_seed(1)
+    model = Small().double()
+    optimizer = GTDDP(model, curvature.SGD(lr=0.1), gauss_newton_weight=1.0, **options)  # type: ignore[arg-type]
+    return model, optimizer, torch.randn(6, 2, 8, 8, dtype=torch.float64), torch.randint(4, (6,))
+
+
+@pytest.mark.parametrize("capture", ["gradient", "weighted"])
+def test_small_per_sample_gradients_are_formed_in_the_backward_pass(capture: str) -> None:
+    """Only sums over rows are left of what they are made of; the step is that of formed layers late."""
+    ends = []
+    for early in (True, False):
+        model, optimizer, x, y = small(capture=capture)
+        optimizer.forms_layers_early = early
+        F.cross_entropy(model(x), y).backward()
+        (kept,) = optimizer.capture._micro_batches
+        shapes = [kept.inputs[m].shape + kept.derivatives["gradient"][m].shape for m in (model.conv, model.norm)]
+        assert shapes == [(6, 6) if early else (6, 2, 8, 8, 6, 3, 8, 8), (6, 6)]
+        assert set(kept.formed["gradient"]) == ({model.conv, model.norm} if early else {model.norm})
+        optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
+
+
+def test_several_backward_passes_through_one_graph_add_up() -> None:
+    ends = []
+    for together in (True, False):
+        model, optimizer, x, y = small()
+        logits = model(x)
+        first, second = F.cross_entropy(logits, y), 0.3 * F.cross_entropy(logits[:, [1, 0, 3, 2]], y)
+        if together:
+            (first + second).backward()
+        else:
+            first.backward(retain_graph=True)
+            second.backward()
+        optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_backward_pass_after_the_data_were_let_go_is_refused() -> None:
+    """With capture="weighted" autograd itself keeps nothing of a lone convolution, and would not object."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1))
+    GTDDP(model, curvature.SGD(lr=0.1), capture="weighted")
+    output = model(torch.randn(6, 2, 8, 8))
+    output.backward(torch.ones_like(output))
+    with pytest.raises(ModelError, match=r"second backward pass reached module '0'.*retain_graph=True"):
+        output.backward(torch.ones_like(output))
+
+
 def test_weighted_capture_fills_no_p_grad_and_restores_requires_grad() -> None:
     model = NET.model()
     optimizer = GTDDP(model, curvature.SGD(lr=0.1), capture="weighted")
