@@ -46,6 +46,21 @@ class Coordinates:
         """E_B g E_A^T."""
         return self.inputs.back(self.outputs @ matrix_GOI)
 
+    def solve(self, matrix_GOI: Tensor) -> Tensor:
+        """C^-1 g."""
+        if not self.inputs.by_channel:
+            return self.back(self.into(matrix_GOI) * self.inverse)
+        # Kernel elements before channels: every product is then one of matrices as they lie in memory.
+        layout = self.inputs.layout
+        g_GOKC, inverse_GOKC = (layout.taps_first(z) for z in (matrix_GOI, self.inverse))
+        rotated = (self.outputs.mT @ g_GOKC.flatten(2)).reshape(g_GOKC.flatten(1, 2).shape) @ self.inputs.basis
+        rotated = (rotated.view(g_GOKC.shape).mul_(inverse_GOKC)).flatten(1, 2) @ self.inputs.basis.mT
+        solved = (self.outputs @ rotated.view(g_GOKC.shape).flatten(2)).view(g_GOKC.shape).mT.flatten(2)
+        if not layout.bias:
+            return solved
+        of_bias = (self.outputs.mT @ matrix_GOI[..., -1:]) * self.inverse[..., -1:]
+        return torch.cat([solved, self.outputs @ of_bias], dim=2)
+
     def positions(self, part: AffineGradients) -> tuple[Tensor, Tensor]:
         """x and y of every sample and position, in coordinates."""
         x_BGLI, y_BGLO = self.inputs.layout.positions(part)
@@ -125,18 +140,19 @@ class CoordinateMetric(Metric):
     coupling: Coupling | None = None
 
     def solve(self, grads: Grads) -> dict[str, Tensor]:
-        into = {
-            name: layer.into(layer.inputs.layout.matrix(of_module(name, grads))) for name, layer in self.layers.items()
-        }
-        solved = {name: matrix * self.layers[name].inverse for name, matrix in into.items()}
+        matrices = {n: layer.inputs.layout.matrix(of_module(n, grads)) for n, layer in self.layers.items()}
+        pair = () if self.coupling is None else (self.coupling.first, self.coupling.second)
+        solved = {n: layer.solve(matrices[n]) for n, layer in self.layers.items() if n not in pair}
         if self.coupling is not None:
-            u, v = self.coupling.first, self.coupling.second
+            into = {n: self.layers[n].into(matrices[n]) for n in pair}
             O, I = self.coupling.inverse.shape  # noqa: E741
-            solved[u][..., :O, :I] += self.coupling.cross(into[v])
-            solved[v][..., :O, :I] += self.coupling.cross(into[u])
+            for own, other in (pair, pair[::-1]):
+                mixed = into[own] * self.layers[own].inverse
+                mixed[..., :O, :I] += self.coupling.cross(into[other])
+                solved[own] = self.layers[own].back(mixed)
         result = {name: grad * self.diagonal[name] for name, grad in grads.items() if name in self.diagonal}
         for name, layer in self.layers.items():
-            back = layer.inputs.layout.parameters(layer.back(solved[name]) * self.rates[name])
+            back = layer.inputs.layout.parameters(solved[name] * self.rates[name])
             result.update({qualified(name, local): grad for local, grad in back.items()})
         return result
 

@@ -87,6 +87,11 @@ class Layout:
             grads["bias"] = matrix_GOI[:, :, weights].flatten()
         return grads
 
+    def taps_first(self, matrix_GOI: Tensor) -> Tensor:
+        """The weight's part of a matrix, kernel elements before channels: (G, O, taps, C), dense."""
+        weights = self.channels * self.taps
+        return matrix_GOI[..., :weights].unflatten(-1, (self.channels, self.taps)).mT.contiguous()
+
     def positions(self, part: AffineGradients) -> tuple[Tensor, Tensor]:
         """x_BGLI, with the ones of a bias, and y_BGLO."""
         if not self.channels:
