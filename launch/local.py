@@ -66,15 +66,20 @@ def enter(environ: MutableMapping[str, str] = os.environ) -> None:
     It ends with its parent from now on, hears of stop signals that came since it was started, and takes the variables
     by which it knows itself out of the environment, so that nothing it starts takes itself for a rank.
     """
-    # The kernel's word on the parent's death does not depend on what this process is doing at the time, as a thread
-    # that watches a pipe would: a rank may be in native code for long.
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != number(environ, PARENT):  # it died before it was watched
-        os._exit(FAILED)
+    end_with_parent(number(environ, PARENT))
     for name in (STARTED_BY, PARENT, LISTEN_FD):
         environ.pop(name, None)
     release_stop_signals()
+
+
+def end_with_parent(parent: int) -> None:
+    """From now on this process is killed when its parent, the process of that number, ends."""
+    # The kernel's word on the parent's death does not depend on what this process is doing at the time, as a thread
+    # that watches a pipe would: it may be in native code for long.
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it died before it was watched
+        os._exit(FAILED)
 
 
 def start(command: Sequence[str], wanted: int) -> int:

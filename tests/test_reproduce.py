@@ -179,7 +179,8 @@ def is_there(group: int) -> bool:
     return True
 
 
-def test_a_stop_keeps_what_is_done_and_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stop_keeps_what_is_done_and_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     command = [
         sys.executable,
         "-m",
@@ -197,10 +198,11 @@ def test_a_stop_keeps_what_is_done_and_leaves_no_process(tmp_path: Path) -> None
         while not (tmp_path / RESULTS).exists():
             assert time.monotonic() < until
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, told = process.communicate(timeout=60)
-        assert process.returncode == REQUEUE, told
-        assert "goes on where it was" in told
+        if number == signal.SIGTERM:
+            assert process.returncode == REQUEUE, told
+            assert "goes on where it was" in told
         until = time.monotonic() + 20
         while is_there(process.pid):
             assert time.monotonic() < until, "processes of the command are left"

@@ -22,6 +22,7 @@ from ..checkpoint import JSON
 from ..environment import describe_environment, prepare_cpu
 from ..errors import UserError
 from ..launch import StopRequest
+from ..launch.local import end_with_parent
 from .unit import Result, Results, Unit
 
 RESULTS = "results.jsonl"
@@ -123,7 +124,9 @@ class Pool:
         if self._executor is None:
             # Spawned: a forked process would have torch's threads half alive.
             context = multiprocessing.get_context("spawn")
-            self._executor = ProcessPoolExecutor(self.jobs, context, initializer=_begin, initargs=(self.jobs,))
+            self._executor = ProcessPoolExecutor(
+                self.jobs, context, initializer=_begin, initargs=(self.jobs, os.getpid())
+            )
         return self._executor
 
     def _end_workers(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -187,6 +190,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _begin(jobs: int) -> None:
+def _begin(jobs: int, parent: int) -> None:
     """A worker's start: an even share of the cores, where a configuration names no number of threads."""
+    end_with_parent(parent)  # a pool that is killed cannot end it
     prepare_cpu(max(1, len(os.sched_getaffinity(0)) // jobs))
