@@ -462,6 +462,15 @@ def starts(folder: SweepFolder) -> dict[str, int]:
     }
 
 
+def test_ctrl_c_while_a_trial_is_submitted_is_heard_afterwards() -> None:
+    ignored = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
+    submitted = ""
+    with pytest.raises(KeyboardInterrupt), sweeping._deaf():
+        os.kill(os.getpid(), signal.SIGINT)
+        submitted = subprocess.run([sys.executable, "-c", ignored], capture_output=True, text=True, timeout=60).stdout
+    assert submitted == "True\n"
+
+
 def test_an_interrupted_sweep_on_this_host(tmp_path: Path) -> None:
     """The trial that runs writes a checkpoint and ends; the one that waits is not begun."""
     (tmp_path / "long.yaml").write_text(

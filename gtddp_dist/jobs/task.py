@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import BAD_INPUT, FAILED, OK, REQUEUE
-from ..launch.stop import StopRequest
+from ..launch.stop import StopRequest, release_stop_signals
 from .history import read
 from .requeue import is_settled
 
@@ -20,6 +20,7 @@ def run_task(*runs: str) -> None:
     Args:
         runs: run directories; several are trained at the same time, each by processes of its own on this host.
     """
+    release_stop_signals()  # who submitted may have held them
     code = train(Path(runs[0])) if len(runs) == 1 else pack([Path(run) for run in runs])
     if code != OK:
         raise SystemExit(code)

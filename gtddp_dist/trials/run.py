@@ -173,15 +173,18 @@ def _run_here(folder: SweepFolder, runs: Sequence[Prepared], launch: LaunchConfi
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that are started meanwhile take no notice of Ctrl-C, unless they ask for it as training does.
+    """Processes that are started meanwhile take no notice of Ctrl-C, unless they ask for it as training does. Here it
+    waits for the end of the block.
 
     submitit's own process between here and a trial would kill the trial before its checkpoint is written.
     """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # what is ignored and not blocked would be lost
     former = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, former)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _end(jobs: Collection[str]) -> None:
