@@ -41,6 +41,9 @@ CONTENDERS: Mapping[str, ContenderEntry] = {
     "gtddp-ekfac-unfolded": ContenderEntry("gtddp-ekfac", _UNFOLDED),
 }
 
+GROWTH = (REFERENCE, "gtddp-sgd", "adam", "gtddp-adam")
+"""Those whose growth is measured unless others are named."""
+
 
 def chosen(names: tuple[str, ...] | None) -> list[str]:
     """The contenders to measure, the reference first."""
