@@ -21,7 +21,7 @@ from . import growth_report
 from .gram import gram_ways
 from .growth import axes, grown, growth
 from .memory import step_cost
-from .names import REFERENCE, chosen
+from .names import GROWTH, REFERENCE, chosen
 from .single import check
 from .step import CostOf, distinct, measure
 
@@ -53,7 +53,8 @@ def run_bench(config: Config, what: What, *, as_json: bool, out: Path | None) ->
     if what in ("memory", "all"):
         sizes = config.bench.batch_sizes or (config.train.batch_size,)
         content["memory"] = _memory(distinct(config, names), sizes, cost_of)
-    points = growth(varied) if what in ("growth", "all") else []
+    few = chosen(GROWTH) if config.bench.optimizers is None else names
+    points = growth(varied, few) if what in ("growth", "all") else []
     if points:
         content |= growth_report.content(varied, points)
     print(json.dumps(content) if as_json else _tables(content))

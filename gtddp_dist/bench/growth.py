@@ -14,9 +14,8 @@ from ..errors import UserError
 from ..models import small_resnet, vit
 from ..registry import MODELS, nearest_first
 from .memory import step_cost
-from .names import GROWTH, chosen
 from .single import check
-from .step import Row, distinct, measure
+from .step import Row, distinct, flops_by_phase, measure
 
 Axis = Literal["batch", "depth", "width"]
 """What is varied: samples of a step, blocks of the network, channels (vit: numbers of a token)."""
@@ -105,8 +104,8 @@ def axes(config: Config) -> dict[Axis, tuple[int, ...]]:
     return found
 
 
-def growth(config: Config) -> list[Point]:
-    """Every contender (`bench.optimizers`, else a few) at every size, axis by axis.
+def growth(config: Config, names: Sequence[str]) -> list[Point]:
+    """Every contender at every size, axis by axis.
 
     Raises:
         UserError: a configuration that one process does not measure, a network without an axis, or steps that are
@@ -114,7 +113,6 @@ def growth(config: Config) -> list[Point]:
     """
     check(config)
     wanted = axes(config)
-    names = chosen(config.bench.optimizers or GROWTH)
     start = configured(config)
     measured: dict[Sizes, list[tuple[Row, Mapping[str, float]]]] = {}  # axes meet where all is as configured
     points = []
@@ -130,12 +128,7 @@ def growth(config: Config) -> list[Point]:
 def _measured(config: Config, names: Sequence[str]) -> list[tuple[Row, Mapping[str, float]]]:
     cost_of = functools.partial(step_cost, config)
     rows, profiles = measure(config, distinct(config, names), cost_of)
-    phases: dict[str, dict[str, float]] = {row.optimizer: {} for row in rows}
-    for profile in profiles:
-        if profile.flops:
-            own = phases[profile.optimizer]
-            own[profile.phase] = own.get(profile.phase, 0.0) + profile.flops
-    return [(row, phases[row.optimizer]) for row in rows]
+    return [(row, flops_by_phase(profiles, row.optimizer)) for row in rows]
 
 
 def resized(config: Config, sizes: Sizes) -> Config:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from ..config_schema import Config
 from ..optimizer import GTDDP
 from ..pipeline.counting import flop_counter
+from .limit import flop_limit
 from .memory import StepCost
 from .meters import now
 from .names import REFERENCE
+from .peers import new_contender, prepared
 from .single import Contender, Kind, batch
 
 BASIS_ROUNDS = 2
@@ -39,6 +41,8 @@ class Row:
         flops: operations of matrix products and convolutions, as they were done.
         flops_ratio_to_sgd: of them: the time ratio if every operation took as long as SGD's.
         time_over_flops: time ratio over that.
+        flop_limit: operations that a step of this method needs at least (`limit`).
+        flops_over_limit: ``flops`` over that.
         seconds_by_kind: median seconds of each kind of step.
     """
 
@@ -53,6 +57,8 @@ class Row:
     flops: float
     flops_ratio_to_sgd: float
     time_over_flops: float
+    flop_limit: float
+    flops_over_limit: float
     seconds_by_kind: dict[str, float]
 
 
@@ -83,7 +89,12 @@ def distinct(config: Config, names: Sequence[str]) -> list[str]:
 
 def measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list[Row], list[Profile]]:
     """All contenders in this process, a step of each in turn; memory in processes of their own."""
-    contenders = [Contender(config, name) for name in names]
+    with prepared(config, names):
+        return _measure(config, names, cost_of)
+
+
+def _measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list[Row], list[Profile]]:
+    contenders = [new_contender(config, name) for name in names]
     first: dict[str, tuple[list[Profile], float]] = {}
     for contender in contenders:  # the first step makes the bases of a Kronecker curvature
         first[contender.name] = _profiled(contender, config, contender.kinds[-1], counting=True)
@@ -102,6 +113,9 @@ def measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list
             work += kind.share * flops
             profiles += _weighed(kind, found, times)
         counts[contender.name] = work
+    summed = _summed(profiles)
+    images, labels = batch(config, contenders[0].device, seed=0)
+    limits = {c.name: flop_limit(c, flops_by_phase(summed, c.name), images, labels) for c in contenders}
     costs = {name: cost_of(name, config.train.batch_size) for name in names}
     reference = seconds[REFERENCE][contenders[0].kinds[0]]
     rows = []
@@ -126,10 +140,21 @@ def measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list
                 flops=counts[contender.name],
                 flops_ratio_to_sgd=flops_ratio,
                 time_over_flops=ratio / flops_ratio,
+                flop_limit=limits[contender.name],
+                flops_over_limit=counts[contender.name] / limits[contender.name],
                 seconds_by_kind={kind.name: median for kind, median in medians.items()},
             )
         )
-    return rows, _summed(profiles)
+    return rows, summed
+
+
+def flops_by_phase(profiles: Sequence[Profile], optimizer: str) -> dict[str, float]:
+    """Operations of a contender's step, phase by phase; phases without any are left out."""
+    found: dict[str, float] = {}
+    for profile in profiles:
+        if profile.optimizer == optimizer and profile.flops:
+            found[profile.phase] = found.get(profile.phase, 0.0) + profile.flops
+    return found
 
 
 def timed(config: Config, contenders: Sequence[Contender]) -> Seconds:
