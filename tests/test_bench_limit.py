@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
-from gtddp_dist.bench.limit import flop_limit, least_products
+from gtddp_dist.bench.limit import _by_pairs, flop_limit, least_products
 from gtddp_dist.bench.single import Contender, batch
 from gtddp_dist.config import load_config
 from gtddp_dist.pipeline.counting import flop_counter
+from gtddp_dist.players import AffineGradients, sample_gradients
 
 B, N = 8, 4
 """Samples of a step, and of a recursion."""
@@ -65,6 +68,21 @@ def test_cheapest_products_by_hand(name: str) -> None:
     for layer in ("hidden", "classifier"):
         expected += by_pairs(layer) if name == "gtddp-sgd" else by_samples(layer)
     assert least_products(contender, images, labels) == expected
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pairs_are_counted_as_they_are_done(stride: int) -> None:
+    """From one pair the same number as from all blocks, of which there are several here."""
+    conv = nn.Conv2d(3, 5, 3, stride, padding=1)
+    outputs = 16 // stride
+    part = sample_gradients(conv, torch.randn(7, 3, 16, 16), torch.randn(7, 5, outputs, outputs))
+    assert isinstance(part, AffineGradients)
+    metric = {"weight": 1.0, "bias": 1.0}
+    with torch.no_grad():
+        for path in ("positions", "pixels"):
+            with flop_counter() as counter:
+                part.rows(slice(0, 6)).gram(metric, path)
+            assert _by_pairs(part, path, metric, part.per_sample(), 6) == counter.get_total_flops() > 0
 
 
 @pytest.mark.parametrize("name", ["sgd", "gtddp-sgd", "gtddp-adam", "kfac", "gtddp-ekfac"])

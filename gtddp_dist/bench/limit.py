@@ -16,9 +16,8 @@ from ..groups import StepSamples
 from ..optimizer import GTDDP
 from ..phases import Phase
 from ..pipeline.counting import flop_counter
-from ..players import AffineGradients, FormedGradients, SampleGradients
+from ..players import AffineGradients, FormedGradients, GramPath, SampleGradients
 from ..players.base import Scale
-from .gram import TOO_LONG
 from .single import Contender
 
 T = TypeVar("T")
@@ -75,22 +74,40 @@ def least_products(contender: Contender, images: Tensor, labels: Tensor) -> floa
 
 def _ways(part: SampleGradients, group: int, number: bool) -> list[tuple[float, float]]:
     """Operations of a layer's Gram matrices, one for each group, and of its weight-gradient, way by way."""
-    some = part.rows(slice(0, group))
     times = len(part.output_grads) / group
     metric: dict[str, Scale] = {n: 1.0 if number else torch.empty_like(p) for n, p in part.controls.items()}
     forming, grads = _count(part.per_sample)
     formed = FormedGradients(part.module, grads)
-    few = formed.rows(slice(0, group))
-    product, _ = _count(partial(few.gram, metric))
+    product, _ = _count(partial(formed.rows(slice(0, group)).gram, metric))
     ways = [(forming + times * product, _weighted(formed))]
-    if isinstance(some, AffineGradients) and number and "weight" in some.controls:
-        costs = some.path_costs(group)
-        for path, cost in costs.items():
-            if cost <= TOO_LONG * min(costs.values()):
-                ways.append((times * _count(partial(some.gram, metric, path))[0], _weighted(part)))
+    if isinstance(part, AffineGradients) and number and "weight" in part.controls:
+        ways.append((forming + times * product, _weighted(part)))
+        ways += [
+            (times * _by_pairs(part, path, metric, grads, group), _weighted(part))
+            for path in part.path_costs(group)
+            if path != "materialise"
+        ]
     else:
-        ways.append((times * _count(partial(some.gram, metric))[0], _weighted(part)))
+        ways.append((times * _count(partial(part.rows(slice(0, group)).gram, metric))[0], _weighted(part)))
     return ways
+
+
+def _by_pairs(
+    part: AffineGradients, path: GramPath, metric: Mapping[str, Scale], grads: Mapping[str, Tensor], group: int
+) -> float:
+    """Operations of a Gram matrix by pairs of samples: those of one pair, times the pairs that the path's cost has.
+
+    With it go the bias's own. To count all blocks of pairs would take minutes.
+    """
+
+    def of_bias(samples: int) -> float:
+        if "bias" not in grads:
+            return 0.0
+        return _count(partial(FormedGradients(part.module, {"bias": grads["bias"][:samples]}).gram, metric))[0]
+
+    one, _ = _count(partial(part.rows(slice(0, 1)).gram, metric, path))
+    pairs = part.path_costs(group)[path] / part.path_costs(1)[path]
+    return (one - of_bias(1)) * pairs + of_bias(group)
 
 
 def _weighted(part: SampleGradients) -> float:
