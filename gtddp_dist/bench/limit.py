@@ -105,7 +105,9 @@ def _by_pairs(
             return 0.0
         return _count(partial(FormedGradients(part.module, {"bias": grads["bias"][:samples]}).gram, metric))[0]
 
-    one, _ = _count(partial(part.rows(slice(0, 1)).gram, metric, path))
+    first = part.rows(slice(0, 1))
+    assert isinstance(first, AffineGradients)
+    one, _ = _count(partial(first.gram, metric, path))
     pairs = part.path_costs(group)[path] / part.path_costs(1)[path]
     return (one - of_bias(1)) * pairs + of_bias(group)
 
