@@ -102,7 +102,7 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
     for flag, given in (("--grid", arguments.grid is not None), ("--list", arguments.list)):
         if given and arguments.what != "scaling":
             raise errors.UserError(f"{flag}: only bench scaling takes it")
-    if arguments.ranks is not None and arguments.what in ("step", "gram", "memory", "all"):
+    if arguments.ranks is not None and arguments.what in _BENCH_ALONE:
         raise errors.UserError(f"--ranks: bench {arguments.what} measures one process")
     if arguments.ranks is not None and arguments.what == "pipeline":
         raise errors.UserError("--ranks: bench pipeline has parallel.pipe times parallel.data ranks")
@@ -115,11 +115,12 @@ def _bench(arguments: argparse.Namespace, words: list[str]) -> int:
 
         return join(arguments.join, as_json=arguments.json)
     named = bool(words) and "=" not in words[0]
-    alone = arguments.what in ("step", "gram", "memory", "all")
-    name, *overrides = words if named else ["bench-step" if alone else "bench", *words]
+    alone = arguments.what in _BENCH_ALONE
+    default = "bench-growth" if arguments.what == "growth" else "bench-step" if alone else "bench"
+    name, *overrides = words if named else [default, *words]
     config = load_config(name, overrides)
     if alone:
-        from .bench.step import run_bench
+        from .bench.alone import run_bench
 
         return run_bench(config, arguments.what, as_json=arguments.json, out=arguments.out)
     if arguments.what == "scaling":
@@ -164,6 +165,8 @@ def _summary(config: Config) -> str:
     return f"{config.optimizer.name} trains {config.model.name} on {config.data.name} for {length}"
 
 
+_BENCH_ALONE = ("step", "gram", "memory", "growth", "all")
+"""What `gtddp bench` measures in one process."""
 _TAKE_WORDS = ("train", "plan", "bench", "reproduce", "submit", "sweep", "status", "tensorboard")
 
 
@@ -241,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="measure",
         usage=(
-            "gtddp bench step|gram|memory|all [CONFIG] [key=value ...] [--json] [--out DIR]\n"
+            "gtddp bench step|gram|memory|growth|all [CONFIG] [key=value ...] [--json] [--out DIR]\n"
             "       gtddp bench pipeline [CONFIG] [key=value ...] [--json] [--out DIR]\n"
             "       gtddp bench stages [CONFIG] [key=value ...] [--ranks N] [--json] [--out DIR]\n"
             "       gtddp bench scaling [CONFIG] [key=value ...] [--ranks N] [--grid pipe=P,data=D | --list] [--json] "
@@ -251,18 +254,20 @@ def _parser() -> argparse.ArgumentParser:
         description=(
             "Measure on this machine, with random images (bench.image, bench.classes). step: all optimizers "
             "(bench.optimizers) side by side in one process, as ratios to torch's SGD. gram: every way to a layer's "
-            "Gram matrix. memory: peaks of a step (bench.batch_sizes). all: these three. pipeline: a step on ranks, "
-            "beside DeepSpeed's own pipeline engine. stages: every stage, for plan.costs. scaling: "
+            "Gram matrix. memory: peaks of a step (bench.batch_sizes). growth: time, memory and operations against "
+            "batch size, depth and width (bench.batch_sizes, depths, widths). all: these four. pipeline: a step on "
+            "ranks, beside DeepSpeed's own pipeline engine. stages: every stage, for plan.costs. scaling: "
             "a step on all grids that some number of ranks can make."
         ),
         epilog=_EXIT_CODES,
         allow_abbrev=False,
     )
+    bench.add_argument("what", choices=(*_BENCH_ALONE, "pipeline", "stages", "scaling"), help="what to measure")
     bench.add_argument(
-        "what", choices=("step", "gram", "memory", "all", "pipeline", "stages", "scaling"), help="what to measure"
-    )
-    bench.add_argument(
-        "words", nargs="*", metavar="[CONFIG] [key=value ...]", help="default: the shipped config bench-step or bench"
+        "words",
+        nargs="*",
+        metavar="[CONFIG] [key=value ...]",
+        help="default: shipped: bench-step, bench-growth or bench",
     )
     bench.add_argument("--json", action="store_true", help="print JSON in place of a table")
     bench.add_argument(

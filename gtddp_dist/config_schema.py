@@ -352,9 +352,13 @@ class BenchConfig:
     warmup: NonNegativeInt = 2
     """Steps before them that are not."""
     optimizers: Annotated[tuple[Annotated[str, _known("contender", CONTENDERS)], ...], Strict(False)] | None = None
-    """step, memory, all: what is measured beside torch's SGD; null: all contenders."""
+    """step, memory, growth, all: what is measured beside torch's SGD; null: all contenders, of growth a few."""
     batch_sizes: IntList | None = None
-    """memory: batch sizes; null: train.batch_size."""
+    """memory, growth: batch sizes; null: train.batch_size, of growth 8 to 64. growth: [] leaves an axis out."""
+    depths: IntList | None = None
+    """growth: numbers of blocks (model.blocks; vit: model.depth); null: 1 to 8."""
+    widths: IntList | None = None
+    """growth: model.width, of all blocks; null: 8 to 64."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_GROUP)

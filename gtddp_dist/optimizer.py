@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +121,9 @@ class GTDDP(torch.optim.Optimizer):
         """What the last refused step had made that was not finite, as far as it was found."""
         self.first_sample = 0
         """Index, within the step, of this process's first sample: it keys the sampled labels."""
-        self.forms_layers_early = True
-        """Form a layer's per-sample gradients in the backward pass where that takes less memory and no more time. Ranks
-        do not: others wait for their backward passes."""
+        self.forms_early: Literal["all", "norms", "none"] = "all"
+        """Of which modules per-sample gradients are formed in the backward pass, where that takes less memory and no
+        more time. Ranks form those of norms alone: others wait for their backward passes."""
         self._grad_scaler = grad_scaler
         self._inspect = inspect
         self._inspector: Inspector | None = None
@@ -146,7 +146,8 @@ class GTDDP(torch.optim.Optimizer):
 
     def _forms(self, samples: SampleGradients) -> bool:
         """Whether a module's per-sample gradients are formed during the backward pass."""
-        if not self.options.feedback or (is_affine(samples.module) and not self.forms_layers_early):
+        affine = is_affine(samples.module)
+        if not self.options.feedback or self.forms_early == "none" or (affine and self.forms_early == "norms"):
             return False
         scope = self.options.scope
         return self.curvature.forms(samples, scope if isinstance(scope, int) else len(samples.inputs))

@@ -46,7 +46,7 @@ def gtddp(*words: str) -> subprocess.CompletedProcess[str]:
         env=environ,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=280,
         check=False,
     )
     assert done.returncode == OK, done.stderr
@@ -389,14 +389,16 @@ def test_the_job_script_needs_slurm(tmp_path: Path) -> None:
 
 
 ALONE = (*SMALL, "train.batch_size=8", "optimizer.scope=4", "bench.optimizers=[gtddp-sgd,gtddp-ekfac]")
+ONE_SIZE = ("bench.batch_sizes=[8]", "bench.depths=[1]", "bench.widths=[16]")
 
 
 def test_all_contenders_beside_sgd(tmp_path: Path) -> None:
-    done = gtddp("bench", "all", *ALONE, "--json", "--out", str(tmp_path))
+    done = gtddp("bench", "all", *ALONE, *ONE_SIZE, "--json", "--out", str(tmp_path))
     told = json.loads(done.stdout)
     rows = {row["optimizer"]: row for row in told["rows"]}
     assert list(rows) == ["sgd", "gtddp-sgd", "gtddp-ekfac"]
     assert rows["sgd"]["time_ratio_to_sgd"] == rows["sgd"]["memory_ratio_to_sgd"] == 1
+    assert rows["sgd"]["flops_over_limit"] == 1 < rows["gtddp-sgd"]["flops_over_limit"]
     assert rows["sgd"]["flops_ratio_to_sgd"] == 1 < rows["gtddp-sgd"]["flops_ratio_to_sgd"]
     for row in rows.values():
         assert 0 < row["fastest_ratio"] <= row["time_ratio_to_sgd"] <= row["slowest_ratio"]
@@ -418,6 +420,10 @@ def test_all_contenders_beside_sgd(tmp_path: Path) -> None:
         assert [way["cost"] for way in ways if way["chosen"]] and sum(way["chosen"] for way in ways) == 1
         assert all(way["seconds"] > 0 and way["flops"] > 0 for way in ways if way["chosen"])
     assert [(m["optimizer"], m["batch_size"]) for m in told["memory"]] == [(name, 8) for name in rows]
+    assert [(p["axis"], p["optimizer"]) for p in told["growth"]] == [
+        (axis, name) for axis in ("batch", "depth", "width") for name in rows
+    ]
+    assert {path.name for path in tmp_path.iterdir()} >= {"growth.md", "growth.png", "growth.csv"}
     kept = json.loads((tmp_path / "all.json").read_text())
     assert kept["rows"] == told["rows"] and len(kept["load_before"]) == 3
 

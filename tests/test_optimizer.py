@@ -296,7 +296,7 @@ def test_small_per_sample_gradients_are_formed_in_the_backward_pass(capture: str
     ends = []
     for early in (True, False):
         model, optimizer, x, y = small(capture=capture)
-        optimizer.forms_layers_early = early
+        optimizer.forms_early = "all" if early else "norms"
         F.cross_entropy(model(x), y).backward()
         (kept,) = optimizer.capture._micro_batches
         shapes = [kept.inputs[m].shape + kept.derivatives["gradient"][m].shape for m in (model.conv, model.norm)]

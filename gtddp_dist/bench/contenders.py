@@ -81,6 +81,7 @@ class DeepSpeedPipeline:
             "train_batch_size": config.train.batch_size,
             "train_micro_batch_size_per_gpu": b,
             "gradient_accumulation_steps": n,
+            "gradient_clipping": 0.0,  # by itself it clips to 1
             "steps_per_print": None,
         }
         with quiet():

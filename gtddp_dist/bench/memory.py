@@ -13,7 +13,8 @@ import torch
 from ..config_schema import Config
 from ..environment import prepare_cpu
 from .meters import now, peak_above
-from .single import Contender, batch, check
+from .peers import new_contender, prepared
+from .single import batch, check
 from .tally import counted
 
 
@@ -64,7 +65,12 @@ def step_cost(config: Config, optimizer: str, batch_size: int) -> StepCost:
 
 def _cost(config: Config, name: str, threads: int) -> StepCost:
     prepare_cpu(threads)
-    contender = Contender(config, name)
+    with prepared(config, [name]):
+        return _measured(config, name)
+
+
+def _measured(config: Config, name: str) -> StepCost:
+    contender = new_contender(config, name)
     images, labels = batch(config, contender.device, seed=0)
     peak = peak_above(contender.device)
     contender.step(images, labels)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 REFERENCE = "sgd"
 """What ratios are to: torch.optim's SGD."""
@@ -17,10 +20,13 @@ class ContenderEntry:
         optimizer: registered name of the optimizer.
         options: fields of the configuration group `optimizer` that make it this row; they count over the configured
             ones, which count for all rows.
+        peer: the package whose step it is (`peers`); None: torch's or this one's. Without that package the row is left
+            out.
     """
 
     optimizer: str
     options: Mapping[str, object] = field(default_factory=dict)
+    peer: Literal["deepspeed", "curvlinops"] | None = None
 
 
 _SPREAD = {"factor_every": 10, "basis_every": 100}
@@ -30,6 +36,8 @@ _UNFOLDED = {**_SPREAD, "factors": "unfolded"}
 CONTENDERS: Mapping[str, ContenderEntry] = {
     REFERENCE: ContenderEntry("sgd"),
     "adam": ContenderEntry("adam"),
+    "deepspeed-sgd": ContenderEntry("sgd", peer="deepspeed"),
+    "curvlinops-kfac": ContenderEntry("sgd", peer="curvlinops"),
     "gtddp-sgd": ContenderEntry("gtddp-sgd"),
     "gtddp-sgd-batch": ContenderEntry("gtddp-sgd", {"scope": "batch"}),
     "gtddp-sgd-nonlinear": ContenderEntry("gtddp-sgd", {"rollout": "nonlinear"}),
@@ -41,7 +49,18 @@ CONTENDERS: Mapping[str, ContenderEntry] = {
     "gtddp-ekfac-unfolded": ContenderEntry("gtddp-ekfac", _UNFOLDED),
 }
 
+GROWTH = (REFERENCE, "gtddp-sgd", "adam", "gtddp-adam")
+"""Those whose growth is measured unless others are named."""
+
 
 def chosen(names: tuple[str, ...] | None) -> list[str]:
-    """The contenders to measure, the reference first."""
-    return list(dict.fromkeys((REFERENCE, *(CONTENDERS if names is None else names))))
+    """The contenders to measure, the reference first; those whose package is not installed are left out, and named on
+    standard error."""
+    found = []
+    for name in dict.fromkeys((REFERENCE, *(CONTENDERS if names is None else names))):
+        peer = CONTENDERS[name].peer
+        if peer is None or importlib.util.find_spec(peer) is not None:
+            found.append(name)
+        else:
+            print(f"gtddp: {name} is left out: {peer} is not installed", file=sys.stderr)
+    return found

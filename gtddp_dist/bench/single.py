@@ -65,7 +65,7 @@ class Contender:
         self.precision = Precision(config.train.dtype, self.device)
         self.model = new_model(self.config).to(self.device).train()
         self.optimizer = new_optimizer_of(self.config)(self.model, self.config)
-        self.kinds = _kinds(self.config)
+        self.kinds: Sequence[Kind] = _kinds(self.config)
 
     def step(self, images: Tensor, labels: Tensor, kind: Kind | None = None) -> None:
         """One step, of that kind where it is given.
@@ -73,6 +73,16 @@ class Contender:
         Raises:
             UserError: the loss or the gradient is not finite, and the step not what is to be measured.
         """
+        loss = self.take(images, labels, kind)
+        refused = isinstance(self.optimizer, GTDDP) and self.optimizer.skipped_steps
+        if refused or not math.isfinite(float(loss.detach())):
+            raise UserError(
+                f"{self.name}: the step was not finite, so that its time means nothing; lower "
+                f"optimizer.lr={self.config.optimizer.lr}"
+            )
+
+    def take(self, images: Tensor, labels: Tensor, kind: Kind | None) -> Tensor:
+        """The step itself; its loss. Of other libraries it is something else."""
         if kind is not None and kind.number is not None:
             for state in self.optimizer.state.values():
                 if "step" in state:
@@ -85,12 +95,7 @@ class Contender:
             loss.backward()
         with phase("other" if isinstance(self.optimizer, GTDDP) else "update"):
             self.optimizer.step()
-        refused = isinstance(self.optimizer, GTDDP) and self.optimizer.skipped_steps
-        if refused or not math.isfinite(float(loss.detach())):
-            raise UserError(
-                f"{self.name}: the step was not finite, so that its time means nothing; lower "
-                f"optimizer.lr={self.config.optimizer.lr}"
-            )
+        return loss
 
     def recorded(self, images: Tensor, labels: Tensor, kind: Kind, read: Callable[[], tuple[float, ...]]) -> Recorder:
         """A step whose phases are charged, player by player where there are players."""

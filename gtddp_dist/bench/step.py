@@ -1,32 +1,21 @@
-"""`gtddp bench step|gram|memory|all`: what a step costs in one process, beside torch's SGD in the same run."""
+"""`gtddp bench step`: what a step costs in one process, beside torch's SGD in the same run."""
 
 from __future__ import annotations
 
-import functools
-import json
-import os
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
 
-from tabulate import tabulate
-
-from ..checkpoint import JSON
 from ..config_schema import Config
-from ..environment import describe_environment, prepare_cpu
-from ..errors import OK
-from ..files import write_text_atomically
 from ..optimizer import GTDDP
 from ..pipeline.counting import flop_counter
-from .gram import gram_ways
-from .memory import StepCost, step_cost
+from .limit import flop_limit
+from .memory import StepCost
 from .meters import now
-from .names import REFERENCE, chosen
-from .single import Contender, Kind, batch, check
+from .names import REFERENCE
+from .peers import new_contender, prepared
+from .single import Contender, Kind, batch
 
-What = Literal["step", "gram", "memory", "all"]
 BASIS_ROUNDS = 2
 """Rounds in which steps with new bases are timed: they take long, and count for one step in a hundred."""
 PROFILED = 3
@@ -52,6 +41,8 @@ class Row:
         flops: operations of matrix products and convolutions, as they were done.
         flops_ratio_to_sgd: of them: the time ratio if every operation took as long as SGD's.
         time_over_flops: time ratio over that.
+        flop_limit: operations that a step of this method needs at least (`limit`).
+        flops_over_limit: ``flops`` over that.
         seconds_by_kind: median seconds of each kind of step.
     """
 
@@ -66,6 +57,8 @@ class Row:
     flops: float
     flops_ratio_to_sgd: float
     time_over_flops: float
+    flop_limit: float
+    flops_over_limit: float
     seconds_by_kind: dict[str, float]
 
 
@@ -87,46 +80,6 @@ class Profile:
     flops: float
 
 
-def run_bench(config: Config, what: What, *, as_json: bool, out: Path | None) -> int:
-    """Measures, prints and keeps what was asked for; an exit code.
-
-    Raises:
-        UserError: a configuration that one process does not measure, or steps that are not finite.
-    """
-    check(config)
-    prepare_cpu(config.train.threads)
-    names = chosen(config.bench.optimizers)
-    load = os.getloadavg()
-    cost_of = functools.cache(functools.partial(step_cost, config))  # rows and memory have the same processes
-    content: dict[str, JSON] = {}
-    if what in ("step", "all"):
-        names = distinct(config, names)
-        rows, profiles = measure(config, names, cost_of)
-        content["rows"] = [asdict(row) for row in rows]
-        content["profile"] = [asdict(profile) for profile in profiles]
-    if what in ("gram", "all"):
-        content["gram"] = [asdict(way) for way in gram_ways(config)]
-    if what in ("memory", "all"):
-        sizes = config.bench.batch_sizes or (config.train.batch_size,)
-        content["memory"] = _memory(distinct(config, names), sizes, cost_of)
-    print(json.dumps(content) if as_json else _tables(content))
-    if out is not None:
-        content |= {
-            "environment": describe_environment(),
-            "load_before": list(load),
-            "load_after": list(os.getloadavg()),
-            "model": config.model.name,
-            "batch_size": config.train.batch_size,
-            "scope": config.optimizer.scope,
-            "dtype": config.train.dtype,
-            "image": list(config.bench.image),
-            "steps": config.bench.steps,
-        }
-        out.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(out / f"{what}.json", json.dumps(content, indent=1) + "\n")
-    return OK
-
-
 def distinct(config: Config, names: Sequence[str]) -> list[str]:
     """Without gtddp-sgd-batch where gtddp-sgd has one group for the batch as well."""
     scope = config.optimizer.scope
@@ -136,7 +89,12 @@ def distinct(config: Config, names: Sequence[str]) -> list[str]:
 
 def measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list[Row], list[Profile]]:
     """All contenders in this process, a step of each in turn; memory in processes of their own."""
-    contenders = [Contender(config, name) for name in names]
+    with prepared(config, names):
+        return _measure(config, names, cost_of)
+
+
+def _measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list[Row], list[Profile]]:
+    contenders = [new_contender(config, name) for name in names]
     first: dict[str, tuple[list[Profile], float]] = {}
     for contender in contenders:  # the first step makes the bases of a Kronecker curvature
         first[contender.name] = _profiled(contender, config, contender.kinds[-1], counting=True)
@@ -155,6 +113,9 @@ def measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list
             work += kind.share * flops
             profiles += _weighed(kind, found, times)
         counts[contender.name] = work
+    summed = _summed(profiles)
+    images, labels = batch(config, contenders[0].device, seed=0)
+    limits = {c.name: flop_limit(c, flops_by_phase(summed, c.name), images, labels) for c in contenders}
     costs = {name: cost_of(name, config.train.batch_size) for name in names}
     reference = seconds[REFERENCE][contenders[0].kinds[0]]
     rows = []
@@ -179,10 +140,21 @@ def measure(config: Config, names: Sequence[str], cost_of: CostOf) -> tuple[list
                 flops=counts[contender.name],
                 flops_ratio_to_sgd=flops_ratio,
                 time_over_flops=ratio / flops_ratio,
+                flop_limit=limits[contender.name],
+                flops_over_limit=counts[contender.name] / limits[contender.name],
                 seconds_by_kind={kind.name: median for kind, median in medians.items()},
             )
         )
-    return rows, _summed(profiles)
+    return rows, summed
+
+
+def flops_by_phase(profiles: Sequence[Profile], optimizer: str) -> dict[str, float]:
+    """Operations of a contender's step, phase by phase; phases without any are left out."""
+    found: dict[str, float] = {}
+    for profile in profiles:
+        if profile.optimizer == optimizer and profile.flops:
+            found[profile.phase] = found.get(profile.phase, 0.0) + profile.flops
+    return found
 
 
 def timed(config: Config, contenders: Sequence[Contender]) -> Seconds:
@@ -240,41 +212,3 @@ def _summed(profiles: Sequence[Profile]) -> list[Profile]:
         seconds, flops = found.get((p.optimizer, p.phase, p.player), (0.0, 0.0))
         found[p.optimizer, p.phase, p.player] = (seconds + p.seconds, flops + p.flops)
     return [Profile(*key, *amounts) for key, amounts in found.items()]
-
-
-def _memory(names: Sequence[str], sizes: Sequence[int], cost_of: CostOf) -> list[JSON]:
-    rows: list[JSON] = []
-    for size in sizes:
-        costs = {name: cost_of(name, size) for name in names}
-        rows += [
-            {
-                "optimizer": name,
-                "batch_size": size,
-                "peak_bytes": cost.peak_bytes,
-                "tensor_bytes": cost.tensor_bytes,
-                "memory_ratio_to_sgd": cost.peak_bytes / costs[REFERENCE].peak_bytes,
-                "tensor_ratio_to_sgd": cost.tensor_bytes / costs[REFERENCE].tensor_bytes,
-            }
-            for name, cost in costs.items()
-        ]
-    return rows
-
-
-def _tables(content: dict[str, JSON]) -> str:
-    """Every list of figures as a table; of profiles the sums over players, in milliseconds."""
-    parts = []
-    for name, rows in content.items():
-        assert isinstance(rows, list)
-        if name == "profile":
-            sums: dict[str, dict[str, float]] = {}
-            for row in rows:
-                assert isinstance(row, dict)
-                own, phase = sums.setdefault(str(row["optimizer"]), {}), str(row["phase"])
-                own[phase] = own.get(phase, 0.0) + 1e3 * float(row["seconds"])  # type: ignore[arg-type]
-            parts.append(
-                tabulate([{"ms a step": o, **phases} for o, phases in sums.items()], headers="keys", floatfmt=".4g")
-            )
-        else:
-            shown = [{k: v for k, v in row.items() if not isinstance(v, dict)} for row in rows]  # type: ignore[union-attr]
-            parts.append(tabulate(shown, headers="keys", floatfmt=".4g", missingval="-"))
-    return "\n\n".join(parts)

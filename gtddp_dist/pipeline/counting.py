@@ -63,7 +63,7 @@ class Counting:
     n_micro: int = 1
 
     def forms(self, module: nn.Module) -> bool:
-        """Whether per-sample gradients of a module are formed in the backward pass (`GTDDP.forms_layers_early`)."""
+        """Whether per-sample gradients of a module are formed in the backward pass (`GTDDP.forms_early`)."""
         return self.feedback and self.rows == 1 and not is_affine(module)
 
     def value_numbers(self, samples: int) -> float:

@@ -104,7 +104,7 @@ class Engine:
             synchronise(self.segment, grid)
         self.optimizer = new_optimizer(self.segment)
         if isinstance(self.optimizer, GTDDP):
-            self.optimizer.forms_layers_early = False  # what waits for no other rank is done when ranks wait
+            self.optimizer.forms_early = "norms"  # what waits for no other rank is done when ranks wait
         if zero and grid.shape.data > 1:
             self.optimizer = shared_out(self.optimizer, grid)
         self.scaler = scaler
