@@ -141,12 +141,12 @@ class CoordinateMetric(Metric):
 
     def solve(self, grads: Grads) -> dict[str, Tensor]:
         matrices = {n: layer.inputs.layout.matrix(of_module(n, grads)) for n, layer in self.layers.items()}
-        pair = () if self.coupling is None else (self.coupling.first, self.coupling.second)
-        solved = {n: layer.solve(matrices[n]) for n, layer in self.layers.items() if n not in pair}
-        if self.coupling is not None:
-            into = {n: self.layers[n].into(matrices[n]) for n in pair}
+        u, v = (None, None) if self.coupling is None else (self.coupling.first, self.coupling.second)
+        solved = {n: layer.solve(matrices[n]) for n, layer in self.layers.items() if n not in (u, v)}
+        if self.coupling is not None and u is not None and v is not None:
+            into = {n: self.layers[n].into(matrices[n]) for n in (u, v)}
             O, I = self.coupling.inverse.shape  # noqa: E741
-            for own, other in (pair, pair[::-1]):
+            for own, other in ((u, v), (v, u)):
                 mixed = into[own] * self.layers[own].inverse
                 mixed[..., :O, :I] += self.coupling.cross(into[other])
                 solved[own] = self.layers[own].back(mixed)
