@@ -148,8 +148,34 @@ def flat(values: dict[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([values[n].flatten() for n in names])
 
 
+def rotated_channels(samples: AffineGradients) -> tuple[Tensor, Tensor]:
+    """Any matrices for the channels of every group's input and output."""
+    groups = int(getattr(samples.module, "groups", 1))
+    weight = samples.module.get_parameter("weight")
+    C, O = weight.shape[1], weight.shape[0] // groups  # noqa: E741
+    return torch.randn(groups, C, C, dtype=torch.float64), torch.randn(groups, O, O, dtype=torch.float64)
+
+
+def rotate(S: dict[str, Tensor], module: nn.Module, inputs_GCC: Tensor, outputs_GOO: Tensor) -> dict[str, Tensor]:
+    """E_B^T g E_A, group by group and kernel element by kernel element; a bias has no input side."""
+    turned = {}
+    for name, grads in S.items():
+        g_BGO = grads.unflatten(1, (len(outputs_GOO), -1))
+        if name == "bias":
+            turned[name] = torch.einsum("bgo,gop->bgp", g_BGO, outputs_GOO).flatten(1)
+        else:
+            by_output = torch.einsum("bgoc...,gop->bgpc...", g_BGO, outputs_GOO)
+            turned[name] = torch.einsum("bgpc...,gcd->bgpd...", by_output, inputs_GCC).flatten(1, 2)
+    return turned
+
+
+@pytest.mark.parametrize("block", [None, 1, 100], ids=["whole", "blocks of 1", "blocks of 100"])
 @pytest.mark.parametrize("name", CASES)
-def test_all_products_agree_with_torch_func(name: str) -> None:
+def test_all_products_agree_with_torch_func(name: str, block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where S is too large to be formed as a whole, and what is formed of it takes so many numbers at a time."""
+    if block is not None:
+        monkeypatch.setattr("gtddp_dist.players.affine.FORMED_LIMIT", 0)
+        monkeypatch.setitem(BLOCK_NUMBERS, "cpu", block)
     module, x, y = build(name)
     S = reference(module, x, y)
     names = list(S)
@@ -163,6 +189,13 @@ def test_all_products_agree_with_torch_func(name: str) -> None:
     direction = {n: torch.randn_like(g[0]) for n, g in S.items()}
     expected = rows(S) @ flat(direction, names)
     torch.testing.assert_close(samples.inner(direction), expected, rtol=1e-11, atol=1e-11)
+
+    if isinstance(samples, AffineGradients):
+        squares = {n: (g**2).mean(0) for n, g in S.items()}
+        torch.testing.assert_close(samples.mean_square(), squares, rtol=1e-11, atol=1e-10)
+        rotations = rotated_channels(samples)
+        turned = rotate(S, module, *rotations)
+        torch.testing.assert_close(samples.rotated(*rotations).per_sample(), turned, rtol=1e-11, atol=1e-10)
 
     scalar: dict[str, Scale] = {n: 0.5 + i for i, n in enumerate(names)}
     diagonal: dict[str, Scale] = {n: torch.rand_like(g[0]) for n, g in S.items()}

@@ -82,12 +82,10 @@ class AffineGradients(SampleGradients):
         scale = inverse_metric["weight"] if weight is not None else 1.0
         if weight is None:
             return gram_of(self.per_sample(), inverse_metric)
-        if is_diagonal(scale) or (path or self.cheapest_path(len(self.inputs))) == "materialise":
-            if self._small:
-                return gram_of(self.per_sample(), inverse_metric)
-            gram = self._gram_in_blocks(scale)
-        else:
-            gram = scale * self._pair_gram(path or self.cheapest_path(len(self.inputs)))
+        path = "materialise" if is_diagonal(scale) else path or self.cheapest_path(len(self.inputs))
+        if path == "materialise" and self._small:
+            return gram_of(self.per_sample(), inverse_metric)
+        gram = self._gram_in_blocks(scale) if path == "materialise" else scale * self._pair_gram(path)
         if "bias" in self.controls:
             gram = gram + gram_of({"bias": self._bias_grads()}, inverse_metric)
         return gram
