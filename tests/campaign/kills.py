@@ -202,7 +202,7 @@ def strike(program: Program, fault: Fault, run: Path) -> float | None:
     return time.monotonic()
 
 
-def named(text: str, rank: int, grid: str) -> dict[str, bool]:
+def named(text: str, rank: int, grid: str, host: str) -> dict[str, bool]:
     """Whether a line of gtddp's own tells which rank was lost, of which segment, on which host."""
     lines = [line for line in text.splitlines() if re.match(r"(\[rank \d+\] |\[.*?\]:)?gtddp: ", line)]
     about = [line for line in lines if re.search(rf"\brank {rank}\b", line)]
@@ -210,7 +210,7 @@ def named(text: str, rank: int, grid: str) -> dict[str, bool]:
     return {
         "names rank": bool(about),
         "names segment": any(f"(segment {segment} of " in line for line in about),
-        "names host": any(socket.gethostname() in line for line in about),
+        "names host": any(host in line for line in about),
     }
 
 
@@ -265,7 +265,7 @@ def run_case(starter: str, fault: Fault, folder: Path) -> Row:
             problems.append(f"does not say that it stops: {text[-600:]}")
     else:
         assert fault.rank is not None
-        found = named(text, fault.rank, fault.grid)
+        found = named(text, fault.rank, fault.grid, socket.gethostname())
         if before_steps:
             found.pop("names segment")  # ranks may not have met
         values |= {column: yes(holds) for column, holds in found.items()}

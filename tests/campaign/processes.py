@@ -28,35 +28,18 @@ SETTLE_S = 3.0
 """How long the kernel may take to give back what an ended process had."""
 
 
-class Program:
-    """A program and all that descends from it. Its folder gets `<name>.out` and `<name>.err`."""
+class Watched:
+    """All that is started with `variables` in its environment, and all that descends from it."""
 
-    def __init__(self, folder: Path, name: str, argv: Sequence[str], variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self.word = f"{WORD}={secrets.token_hex(8)}".encode()
         self.tmp = folder / f"{name}-tmp"
         self.tmp.mkdir()
-        self._files = [folder / f"{name}.{ending}" for ending in ("out", "err")]
+        self.variables = {WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)}
         self._shm = set(os.listdir(SHM))
         self._ports: set[int] = set()
         self._shared: set[str] = set()
         self._sampled = 0.0
-        self.started = time.monotonic()
-        with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
-            own = environment(**{WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)})
-            self.process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                cwd=folder,
-                start_new_session=True,
-                env={**own, **variables},
-            )
-
-    @property
-    def text(self) -> str:
-        """All that was printed."""
-        return "".join(file.read_text(encoding="utf-8", errors="replace") for file in self._files)
 
     def processes(self) -> dict[int, bytes]:
         """Those that live, with their environment."""
@@ -68,44 +51,12 @@ class Program:
                     found[int(folder.name)] = variables
         return found
 
-    def ranks(self) -> dict[int, int]:
-        """Rank -> its process. What a rank has started itself is no rank."""
-        numbered = {}
-        for process, variables in self.processes().items():
-            found = [m for word in variables.split(b"\0") if (m := RANK.fullmatch(word))]
-            if found and b"python" in _read(process, "cmdline").split(b"\0")[0]:
-                numbered[process] = int(found[0][1])
-        return {rank: process for process, rank in numbered.items() if _parent(process) not in numbered}
+    def sample(self) -> None:
+        """Notes from time to time what they have of what could be left behind: others on this machine have such too."""
+        if time.monotonic() > self._sampled + SAMPLE_S:
+            self._note(self.processes())
 
-    def ends(self, within_s: float) -> float:
-        """Waits until no process is left; when that was, by time.monotonic(). Raises TimeoutError."""
-        deadline = time.monotonic() + within_s
-        while True:
-            self.process.poll()
-            left = self.processes()
-            if not left:
-                self.process.wait(SETTLE_S)
-                return time.monotonic()
-            self._sample(left)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"after {within_s:.0f} s there are still {len(left)} processes: {self.text[-600:]}")
-            time.sleep(0.1)
-
-    def waits_for(self, true: Callable[[], bool], within_s: float) -> bool:
-        """Whether it became true before the program ended. Raises TimeoutError."""
-        deadline = time.monotonic() + within_s
-        while not true():
-            if self.process.poll() is not None:
-                return False
-            if time.monotonic() > self._sampled + SAMPLE_S:
-                self._sample(self.processes())
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not so far within {within_s:.0f} s: {self.text[-600:]}")
-            time.sleep(0.01)
-        return True
-
-    def _sample(self, processes: Mapping[int, bytes]) -> None:
-        """Notes what they have of what could be left behind: others on this machine have such things too."""
+    def _note(self, processes: Mapping[int, bytes]) -> None:
         self._ports |= _listening(processes)
         new = set(os.listdir(SHM)) - self._shm
         self._shared |= {name for name in new if any(_has_mapped(process, name) for process in processes)}
@@ -130,6 +81,69 @@ class Program:
         for process in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+
+class Program(Watched):
+    """A program and all that descends from it. Its folder gets `<name>.out` and `<name>.err`."""
+
+    def __init__(self, folder: Path, name: str, argv: Sequence[str], variables: Mapping[str, str]) -> None:
+        super().__init__(folder, name)
+        self._files = [folder / f"{name}.{ending}" for ending in ("out", "err")]
+        self.started = time.monotonic()
+        with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
+            self.process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                start_new_session=True,
+                env={**environment(**self.variables), **variables},
+            )
+
+    @property
+    def text(self) -> str:
+        """All that was printed."""
+        return "".join(file.read_text(encoding="utf-8", errors="replace") for file in self._files)
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> its process. What a rank has started itself is no rank."""
+        numbered = {}
+        for process, variables in self.processes().items():
+            found = [m for word in variables.split(b"\0") if (m := RANK.fullmatch(word))]
+            if found and b"python" in _read(process, "cmdline").split(b"\0")[0]:
+                numbered[process] = int(found[0][1])
+        return {rank: process for process, rank in numbered.items() if _parent(process) not in numbered}
+
+    def ends(self, within_s: float) -> float:
+        """Waits until no process is left; when that was, by time.monotonic(). Raises TimeoutError."""
+        deadline = time.monotonic() + within_s
+        while True:
+            self.process.poll()
+            left = self.processes()
+            if not left:
+                self.process.wait(SETTLE_S)
+                return time.monotonic()
+            self._note(left)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {within_s:.0f} s there are still {len(left)} processes: {self.text[-600:]}")
+            time.sleep(0.1)
+
+    def waits_for(self, true: Callable[[], bool], within_s: float) -> bool:
+        """Whether it became true before the program ended. Raises TimeoutError."""
+        deadline = time.monotonic() + within_s
+        while not true():
+            if self.process.poll() is not None:
+                return False
+            self.sample()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not so far within {within_s:.0f} s: {self.text[-600:]}")
+            time.sleep(0.01)
+        return True
+
+    def kill(self) -> None:
+        """Ends whoever is left of it."""
+        super().kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(SETTLE_S)
 
