@@ -131,8 +131,8 @@ class Rendezvous:
         found: list[str | None] = json.loads(reply)
         missing = [rank for rank, text_of in enumerate(found) if text_of is None]
         if missing:
-            # Of one that has not come it is not known where it is, unless all are here.
-            where = f" (on {self.ranks.host})" if self.ranks.local_world == self.ranks.world else ""
+            hosts = sorted({host for rank in missing if (host := self.ranks.host_of(rank)) is not None})
+            where = f" (on {', '.join(hosts)})" if hosts else ""
             raise RankMissing(
                 f"{ranks_named(missing)} of {self.ranks.world} not there after {within_s:.0f} s ({key}): look for "
                 f"errors of {'that rank' if len(missing) == 1 else 'those ranks'}{where}, and whether all hosts run "
