@@ -123,8 +123,10 @@ class Rendezvous:
         else:
             answer = self._exchange.ask(name, text, within_s + ANSWER_WITHIN_S)
             if answer is None:
+                host, address = self.ranks.host_of(0), self.ranks.address
+                where = f"at {address}" if host in (None, address) else f"on {host}, at {address}"
                 raise RankMissing(
-                    f"rank 0 (at {self.ranks.address}) gave no answer to rank {self.ranks.rank} within "
+                    f"rank 0 ({where}) gave no answer to rank {self.ranks.rank} within "
                     f"{within_s + ANSWER_WITHIN_S:.0f} s ({key}): look for its error"
                 )
             reply = answer

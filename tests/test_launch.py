@@ -419,6 +419,20 @@ def test_where_missing_ranks_are(local_world: int, hosts: tuple[str, ...], where
         Rendezvous(ranks, 0.5).allgather("start", "")
 
 
+def test_rank_0_that_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has made the store, and does no more."""
+    monkeypatch.setattr(rendezvous, "ANSWER_WITHIN_S", 0.5)
+    port = free_port()
+
+    def work(ranks: Ranks) -> object:
+        meeting = Rendezvous(ranks, 20)
+        return meeting if ranks.rank == 0 else meeting.allgather("start", "", 1)
+
+    _, error = in_threads(work, [replace(ranks, host="node0") for ranks in ranks_of(2, port)])
+    assert isinstance(error, RankMissing)
+    assert str(error).startswith("rank 0 (on node0, at 127.0.0.1) gave no answer to rank 1 within 2 s (start)")
+
+
 def test_a_rank_that_is_missing() -> None:
     def work(ranks: Ranks) -> object:
         return Rendezvous(ranks, 1.5).allgather("start", "")

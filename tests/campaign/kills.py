@@ -185,12 +185,12 @@ def strike(program: Program, fault: Fault, run: Path) -> float | None:
     """Waits for the moment, and does it; when that was, or None where the run had ended before."""
     if fault.starting is None:
         there = program.waits_for(lambda: steps_of(run) >= fault.step, TRAINS_WITHIN_S)
-        at = time.monotonic() + fault.delay_s
+        time.sleep(fault.delay_s)
     else:
-        # A rank cannot be struck before it is there.
+        # A rank cannot be struck before it is there. This start may be a quicker one than the other.
         there = program.waits_for(lambda: len(program.ranks()) == WORLD[fault.grid], TRAINS_WITHIN_S)
         at = program.started + fault.starting * unbroken(fault.grid).begins_s
-    time.sleep(max(0.0, at - time.monotonic()))
+        there &= program.waits_for(lambda: time.monotonic() >= at or steps_of(run) > 0, TRAINS_WITHIN_S)
     if not there or program.process.poll() is not None:
         return None
     try:
@@ -259,8 +259,11 @@ def run_case(starter: str, fault: Fault, folder: Path) -> Row:
             problems.append(f"left: {' '.join(left)}")
         text = program.text
         done = program.process.returncode == 0
-    if struck is None or (done and (run / "model.safetensors").exists()):
-        values["moment"] = f"{values['moment']}, after the end" if struck is None else f"{values['moment']}, too late"
+    if struck is None:
+        values["moment"] = f"{values['moment']}, after the end"
+        problems.append("nothing has befallen it: it had ended")
+    elif done and (run / "model.safetensors").exists():
+        values["moment"] = f"{values['moment']}, too late"
     elif fault.stops:
         says = "stopped by" in text
         values["says it stops"] = "-" if before_steps else yes(says)

@@ -9,6 +9,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from slurm.runs import Place, Run
 from . import kills
 from .kills import COLUMNS, EACH, GRIDS, STARTING, STEPS, WORLD, is_temporary, named, same, unbroken, weights_of
 from .part import Case, Part, Row, yes
-from .processes import Watched
+from .processes import Watched, program_of
 
 What = Literal["SIGKILL", "SIGSTOP", "slurmd killed", "node lost", "link down", "USR2 by scancel", "SIGTERM", "scancel"]
 FAULTS: tuple[What, ...] = (
@@ -46,7 +47,7 @@ PACE_S = 0.1
 JOB_WITHIN_S = 600.0
 """Until a job has begun, or has ended for good: it waits for timeouts of Slurm, and starts again."""
 ORPHANS_WITHIN_S = 120.0
-"""Until ranks have ended that a job has left behind on a node it has lost."""
+"""Until all has ended that a job has left behind on a node that it has lost, and that is there again."""
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,8 @@ def close() -> None:
     folder.cleanup()
 
 
-def is_struck(run: Run, fault: Fault) -> tuple[list[str], float]:
-    """Waits for the moment, and does it; the nodes of the job, and when that was."""
+def is_struck(run: Run, fault: Fault) -> tuple[str, float]:
+    """Waits for the moment, and does it; to which node, and when that was."""
     cluster, path = run.cluster, str(run.path)
 
     def all_there() -> bool:
@@ -157,16 +158,14 @@ def is_struck(run: Run, fault: Fault) -> tuple[list[str], float]:
         return found == [1] * WORLD[fault.grid]
 
     wait_until(all_there, JOB_WITHIN_S, lambda: f"ranks: {run.told()}")
-    at = time.monotonic()
-    hosts = cluster.hosts(run.job)
-    node = hosts[fault.node]
+    node = cluster.hosts(run.job)[fault.node]
     victim = cluster.rank(path, node, fault.rank)
     if fault.starting is None:
         run.trains(fault.step, JOB_WITHIN_S)
-        at = time.monotonic() + fault.delay_s
+        time.sleep(fault.delay_s)
     else:
-        at += fault.starting * unbroken(fault.grid).begins_s
-    time.sleep(max(0.0, at - time.monotonic()))
+        at = time.monotonic() + fault.starting * unbroken(fault.grid).begins_s
+        wait_until(lambda: time.monotonic() >= at or bool(run.steps()), JOB_WITHIN_S, run.told)
     match fault.what:
         case "SIGKILL" | "SIGSTOP" | "SIGTERM":
             os.kill(victim, signal.Signals[fault.what])
@@ -180,7 +179,7 @@ def is_struck(run: Run, fault: Fault) -> tuple[list[str], float]:
             cluster.ask("scancel", "--signal=USR2", run.job)
         case "scancel":
             cluster.ask("scancel", run.job)
-    return hosts, time.monotonic()
+    return node, time.monotonic()
 
 
 def is_mended(cluster: Cluster, fault: Fault, node: str) -> None:
@@ -198,40 +197,37 @@ def logs(run: Run) -> str:
 
 
 def first_start(watched: Watched) -> list[int]:
-    """Processes of the first start of a job."""
-    return [pid for pid, variables in watched.processes().items() if b"SLURM_RESTART_COUNT=" not in variables]
+    """gtddp's processes in the first start of a job. Slurm's own may wait until a link is there again."""
+    first = [pid for pid, variables in watched.processes().items() if b"SLURM_RESTART_COUNT=" not in variables]
+    return [pid for pid in first if b"python" in program_of(pid)]
 
 
 def run_case(fault: Fault, folder: Path) -> Row:
     """One job, its fault, and its end."""
-    expected = unbroken(fault.grid)
+    unbroken(fault.grid)  # before anything is timed
     cluster = whole_cluster()
     place = Place(cluster, [f"node{i}" for i in range(NODES)], "local", folder)
     watched = Watched(folder, "job")
-    run, broken = None, None
+    run, broken = None, ExitStack()
     try:
         run = place.submit(
             f"launch.nodes={JOB_NODES}", *GRIDS[fault.grid], pace_s=PACE_S, of=WORDS, **watched.variables
         )
-        hosts, struck = is_struck(run, fault)
-        broken = hosts[fault.node]
+        node, struck = is_struck(run, fault)
+        broken.callback(is_mended, cluster, fault, node)
         if fault.back_after_s is not None:
             time.sleep(fault.back_after_s)
-            is_mended(cluster, fault, broken)
-            broken = None
-        return judged(place, run, fault, watched, hosts[fault.node], struck, expected)
+            broken.close()
+        return judged(place, run, fault, watched, node, struck, broken)
     finally:
         if run is not None:
             cluster.run("scancel", run.job)
         watched.kill()
-        if broken is not None:
-            is_mended(cluster, fault, broken)
+        broken.close()
 
 
-def judged(
-    place: Place, run: Run, fault: Fault, watched: Watched, node: str, struck: float, expected: kills.Unbroken
-) -> Row:
-    """What came of it."""
+def judged(place: Place, run: Run, fault: Fault, watched: Watched, node: str, struck: float, broken: ExitStack) -> Row:
+    """What came of it. Closing `broken` mends what the fault has broken."""
     values, problems = dict(fault.known), []
     steps = len(run.steps())
 
@@ -239,7 +235,6 @@ def judged(
         watched.sample()
         return not first_start(watched)
 
-    # A node that is lost or cut off may hold ranks for longer than the job is there.
     wait_until(first_has_ended, JOB_WITHIN_S, lambda: f"end of {first_start(watched)}: {run.told()}")
     values["seconds to the end"] = f"{time.monotonic() - struck:.1f}"
     text = logs(run)
@@ -268,11 +263,12 @@ def judged(
         job = again.ends(JOB_WITHIN_S)
         assert job["JobState"] == "COMPLETED", f"submitted again, it ended so: {again.told()[-1500:]}"
         values["continued"] = "submitted again"
+    broken.close()
     wait_until(lambda: not watched.processes(), ORPHANS_WITHIN_S, lambda: f"end of {watched.processes().keys()}")
     values["ended"] = "yes"
     left = [*watched.leftovers(), *(path.name for path in run.path.rglob("*") if is_temporary(path.name))]
     values |= {"nothing left": yes(not left), "left": " ".join(left)}
-    values["same weights"] = yes(same(weights_of(run.path), expected.weights))
+    values["same weights"] = yes(same(weights_of(run.path), unbroken(fault.grid).weights))
     if left:
         problems.append(f"left: {' '.join(left)}")
     if values["same weights"] == "no":
@@ -299,7 +295,7 @@ PART = Part(
     f"(`slurm/local_cluster.sh`): {JOB_NODES} of {NODES} nodes, each with a network of its own; a checkpoint every 10 "
     "steps, one fault at a random moment, a quarter of them while ranks start. Slurm notices a lost node after 15 s. "
     "The job has to be put back and to end by itself; after SIGTERM and scancel, which somebody wanted, it is "
-    "submitted again. Seconds are those until all processes of the start that was struck have ended.",
+    "submitted again. Seconds are those until gtddp's processes of the start that was struck have ended.",
     COLUMNS,
     cases,
     close,

@@ -111,7 +111,7 @@ class Program(Watched):
         numbered = {}
         for process, variables in self.processes().items():
             found = [m for word in variables.split(b"\0") if (m := RANK.fullmatch(word))]
-            if found and b"python" in _read(process, "cmdline").split(b"\0")[0]:
+            if found and b"python" in program_of(process):
                 numbered[process] = int(found[0][1])
         return {rank: process for process, rank in numbered.items() if _parent(process) not in numbered}
 
@@ -158,6 +158,11 @@ def started(
         yield program
     finally:
         program.kill()
+
+
+def program_of(process: int) -> bytes:
+    """The first word of its command line."""
+    return _read(process, "cmdline").split(b"\0")[0]
 
 
 def _read(process: int, file: str) -> bytes:
