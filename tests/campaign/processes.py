@@ -24,7 +24,7 @@ SHM = Path("/dev/shm")
 SAMPLE_S = 0.25
 CACHE = "torchinductor_"
 """Folder that torch makes for all programs of a user, and keeps."""
-SETTLE_S = 3.0
+SETTLE_S = 10.0
 """How long the kernel may take to give back what an ended process had."""
 
 
@@ -71,7 +71,8 @@ class Watched:
 
     def _left(self) -> list[str]:
         processes = [f"process {process}" for process in self.processes()]
-        ports = [f"port {port}" for port in sorted(self._ports & set(_listening_inodes().values()))]
+        listening = {inode: port for inode, port in _listening_inodes().items() if port in self._ports}
+        ports = [f"port {port} ({_who_has(f'socket:[{inode}]')})" for inode, port in sorted(listening.items())]
         shm = [f"/dev/shm/{name}" for name in sorted(self._shared & set(os.listdir(SHM)))]
         files = [path.name for path in self.tmp.iterdir() if not path.name.startswith(CACHE)]
         return [*processes, *ports, *shm, *(f"$TMPDIR/{name}" for name in sorted(files))]
@@ -207,6 +208,15 @@ def _links(process: int) -> list[str]:
             with suppress(OSError):
                 found.append(os.readlink(entry.path))
     return found
+
+
+def _who_has(link: str) -> str:
+    """Which process has something open: one that was not watched may have been given the same port meanwhile."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        if link in _links(int(folder.name)):
+            words = _read(int(folder.name), "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            return f"process {folder.name}: {words[:120]}"
+    return "of no process that can be seen"
 
 
 def _has_mapped(process: int, name: str) -> bool:
