@@ -39,6 +39,14 @@ class Ranks:
     """Whether torchrun's agent holds a store at `address` and `port`; else rank 0 does."""
     attempt: int = 0
     """How often torchrun has started these ranks anew: its agent's store keeps the keys of earlier attempts."""
+    hosts: tuple[str, ...] = ()
+    """The host of every rank, in their order, where who has started them tells it before they come; else empty."""
+
+    def host_of(self, rank: int) -> str | None:
+        """The host of a rank that has not come; None where it is not known."""
+        if self.local_world == self.world:
+            return self.host
+        return self.hosts[rank] if self.hosts else None
 
     def variables(self) -> dict[str, str]:
         """The environment variables by which torch.distributed knows ranks."""

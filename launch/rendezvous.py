@@ -123,16 +123,18 @@ class Rendezvous:
         else:
             answer = self._exchange.ask(name, text, within_s + ANSWER_WITHIN_S)
             if answer is None:
+                host, address = self.ranks.host_of(0), self.ranks.address
+                where = f"at {address}" if host in (None, address) else f"on {host}, at {address}"
                 raise RankMissing(
-                    f"rank 0 (at {self.ranks.address}) gave no answer to rank {self.ranks.rank} within "
+                    f"rank 0 ({where}) gave no answer to rank {self.ranks.rank} within "
                     f"{within_s + ANSWER_WITHIN_S:.0f} s ({key}): look for its error"
                 )
             reply = answer
         found: list[str | None] = json.loads(reply)
         missing = [rank for rank, text_of in enumerate(found) if text_of is None]
         if missing:
-            # Of one that has not come it is not known where it is, unless all are here.
-            where = f" (on {self.ranks.host})" if self.ranks.local_world == self.ranks.world else ""
+            hosts = sorted({host for rank in missing if (host := self.ranks.host_of(rank)) is not None})
+            where = f" (on {', '.join(hosts)})" if hosts else ""
             raise RankMissing(
                 f"{ranks_named(missing)} of {self.ranks.world} not there after {within_s:.0f} s ({key}): look for "
                 f"errors of {'that rank' if len(missing) == 1 else 'those ranks'}{where}, and whether all hosts run "

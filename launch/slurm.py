@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..errors import UserError
 from .ranks import Ranks, checked, host_name, number
@@ -31,16 +31,22 @@ def discover(environ: Mapping[str, str]) -> Ranks | None:
     world = number(environ, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS", 1)
     if step >= FIRST_SPECIAL_STEP or world == 1:
         return None
+    counts = _tasks_per_node(environ, world)
+    address, hosts = environ.get("MASTER_ADDR", ""), []
+    if not address:
+        hosts = _hosts(environ)
+        address = hosts[0]
     return checked(
         Ranks(
             rank=number(environ, "SLURM_PROCID"),
             world=world,
             local_rank=number(environ, "SLURM_LOCALID"),
-            local_world=_local_world(environ, world),
+            local_world=_local_world(environ, counts),
             host=host_name(environ),
-            address=environ.get("MASTER_ADDR") or _first_host(environ),
+            address=address,
             port=number(environ, "MASTER_PORT", port_of(number(environ, "SLURM_JOB_ID"), step, _restart(environ))),
             started_by="srun",
+            hosts=_host_of_each(environ, counts, hosts),
         )
     )
 
@@ -69,20 +75,31 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def _local_world(environ: Mapping[str, str], world: int) -> int:
-    text = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world)
-    counts, node = tasks_per_node(text), number(environ, "SLURM_NODEID", 0)
+def _tasks_per_node(environ: Mapping[str, str], world: int) -> list[int]:
+    return tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world))
+
+
+def _local_world(environ: Mapping[str, str], counts: Sequence[int]) -> int:
+    node = number(environ, "SLURM_NODEID", 0)
     if node >= len(counts):
-        raise UserError(f"Slurm numbers this node {node} (SLURM_NODEID), but tells of {len(counts)} nodes: {text!r}")
+        raise UserError(f"Slurm numbers this node {node} (SLURM_NODEID), but tells of {len(counts)} nodes: {counts}")
     return counts[node]
 
 
-def _first_host(environ: Mapping[str, str]) -> str:
+def _host_of_each(environ: Mapping[str, str], counts: Sequence[int], hosts: Sequence[str]) -> tuple[str, ...]:
+    """The host of each task; empty where tasks do not fill one node after another (`--distribution`)."""
+    if len(hosts) != len(counts) or not environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+        return ()
+    return tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
+
+
+def _hosts(environ: Mapping[str, str]) -> list[str]:
+    """Those of the step, the first one first."""
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise UserError("Slurm names no hosts (SLURM_STEP_NODELIST): set MASTER_ADDR to the host of rank 0")
     if not any(mark in nodes for mark in ",["):
-        return nodes
+        return [nodes]
     advice = "set MASTER_ADDR to the host of rank 0"
     scontrol = shutil.which("scontrol", path=environ.get("PATH"))
     if scontrol is None:
@@ -95,4 +112,4 @@ def _first_host(environ: Mapping[str, str]) -> str:
     hosts = done.stdout.split()
     if done.returncode != 0 or not hosts:
         raise UserError(f"{' '.join(command)} failed ({done.returncode}): {done.stderr.strip()}. Mend it, or {advice}")
-    return hosts[0]
+    return hosts

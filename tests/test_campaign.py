@@ -86,6 +86,7 @@ def test_what_a_program_leaves_is_found_and_its_processes_are_ended(tmp_path: Pa
     script.write_text(LEAVES)
     try:
         with started(tmp_path, "it", [sys.executable, str(script)]) as found:
+            found.waits_for((found.tmp / "left").exists, 60.0)
             with pytest.raises(TimeoutError):
                 found.ends(4.0)
             left = found.leftovers()

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -404,6 +405,34 @@ def test_what_any_rank_finds_rank_0_tells() -> None:
     assert [type(other) for other in others] == [errors.ToldElsewhere] * 2
 
 
+@pytest.mark.parametrize(
+    ("local_world", "hosts", "where"),
+    [
+        (1, (), "those ranks,"),  # nobody knows
+        (1, ("node0", "node1", "node1", "node2"), r"those ranks \(on node1, node2\),"),
+        (4, (), r"those ranks \(on node0\),"),
+    ],
+)
+def test_where_missing_ranks_are(local_world: int, hosts: tuple[str, ...], where: str) -> None:
+    ranks = replace(ranks_of(4, free_port())[0], local_world=local_world, hosts=hosts)
+    with pytest.raises(RankMissing, match=f"ranks 1, 2, 3 of 4 not there .* look for errors of {where}"):
+        Rendezvous(ranks, 0.5).allgather("start", "")
+
+
+def test_rank_0_that_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has made the store, and does no more."""
+    monkeypatch.setattr(rendezvous, "ANSWER_WITHIN_S", 0.5)
+    port = free_port()
+
+    def work(ranks: Ranks) -> object:
+        meeting = Rendezvous(ranks, 20)
+        return meeting if ranks.rank == 0 else meeting.allgather("start", "", 1)
+
+    _, error = in_threads(work, [replace(ranks, host="node0") for ranks in ranks_of(2, port)])
+    assert isinstance(error, RankMissing)
+    assert str(error).startswith("rank 0 (on node0, at 127.0.0.1) gave no answer to rank 1 within 2 s (start)")
+
+
 def test_a_rank_that_is_missing() -> None:
     def work(ranks: Ranks) -> object:
         return Rendezvous(ranks, 1.5).allgather("start", "")
@@ -661,10 +690,16 @@ def test_srun(scontrol: str) -> None:
         address="node1",
         port=slurm.port_of(77, 3),
         started_by="srun",
+        hosts=("node1", "node1", "node2", "node2", "node3"),
     )
     assert len({slurm.port_of(job, step) for job in (77, 78) for step in range(3)}) == 6
     again = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_RESTART_COUNT": "1"})
     assert again is not None and again.port not in {slurm.port_of(77, step) for step in range(9)}
+
+
+def test_srun_that_does_not_fill_one_node_after_another(scontrol: str) -> None:
+    ranks = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_DISTRIBUTION": "cyclic"})
+    assert ranks is not None and ranks.hosts == () and ranks.host_of(0) is None
 
 
 def test_srun_with_an_address_of_the_user() -> None:

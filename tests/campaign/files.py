@@ -402,7 +402,7 @@ def second_run(ranks: bool, resumes: bool, folder: Path) -> Row:
 
 def cases(seed: int, quick: bool) -> list[Case]:
     """All; of the quick ones those in this process, and one with ranks."""
-    each = 4 if quick else 50
+    each = 2 if quick else 50
     found = [
         Case(f"{what}-{i}", functools.partial(damaged, what, i, seed), CASE_S)
         for what in ("truncated", "flipped")

@@ -24,39 +24,22 @@ SHM = Path("/dev/shm")
 SAMPLE_S = 0.25
 CACHE = "torchinductor_"
 """Folder that torch makes for all programs of a user, and keeps."""
-SETTLE_S = 3.0
+SETTLE_S = 10.0
 """How long the kernel may take to give back what an ended process had."""
 
 
-class Program:
-    """A program and all that descends from it. Its folder gets `<name>.out` and `<name>.err`."""
+class Watched:
+    """All that is started with `variables` in its environment, and all that descends from it."""
 
-    def __init__(self, folder: Path, name: str, argv: Sequence[str], variables: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, name: str) -> None:
         self.word = f"{WORD}={secrets.token_hex(8)}".encode()
         self.tmp = folder / f"{name}-tmp"
         self.tmp.mkdir()
-        self._files = [folder / f"{name}.{ending}" for ending in ("out", "err")]
+        self.variables = {WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)}
         self._shm = set(os.listdir(SHM))
         self._ports: set[int] = set()
         self._shared: set[str] = set()
         self._sampled = 0.0
-        self.started = time.monotonic()
-        with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
-            own = environment(**{WORD: self.word.decode().partition("=")[2], "TMPDIR": str(self.tmp)})
-            self.process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                cwd=folder,
-                start_new_session=True,
-                env={**own, **variables},
-            )
-
-    @property
-    def text(self) -> str:
-        """All that was printed."""
-        return "".join(file.read_text(encoding="utf-8", errors="replace") for file in self._files)
 
     def processes(self) -> dict[int, bytes]:
         """Those that live, with their environment."""
@@ -68,44 +51,12 @@ class Program:
                     found[int(folder.name)] = variables
         return found
 
-    def ranks(self) -> dict[int, int]:
-        """Rank -> its process. What a rank has started itself is no rank."""
-        numbered = {}
-        for process, variables in self.processes().items():
-            found = [m for word in variables.split(b"\0") if (m := RANK.fullmatch(word))]
-            if found and b"python" in _read(process, "cmdline").split(b"\0")[0]:
-                numbered[process] = int(found[0][1])
-        return {rank: process for process, rank in numbered.items() if _parent(process) not in numbered}
+    def sample(self) -> None:
+        """Notes from time to time what they have of what could be left behind: others on this machine have such too."""
+        if time.monotonic() > self._sampled + SAMPLE_S:
+            self._note(self.processes())
 
-    def ends(self, within_s: float) -> float:
-        """Waits until no process is left; when that was, by time.monotonic(). Raises TimeoutError."""
-        deadline = time.monotonic() + within_s
-        while True:
-            self.process.poll()
-            left = self.processes()
-            if not left:
-                self.process.wait(SETTLE_S)
-                return time.monotonic()
-            self._sample(left)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"after {within_s:.0f} s there are still {len(left)} processes: {self.text[-600:]}")
-            time.sleep(0.1)
-
-    def waits_for(self, true: Callable[[], bool], within_s: float) -> bool:
-        """Whether it became true before the program ended. Raises TimeoutError."""
-        deadline = time.monotonic() + within_s
-        while not true():
-            if self.process.poll() is not None:
-                return False
-            if time.monotonic() > self._sampled + SAMPLE_S:
-                self._sample(self.processes())
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not so far within {within_s:.0f} s: {self.text[-600:]}")
-            time.sleep(0.01)
-        return True
-
-    def _sample(self, processes: Mapping[int, bytes]) -> None:
-        """Notes what they have of what could be left behind: others on this machine have such things too."""
+    def _note(self, processes: Mapping[int, bytes]) -> None:
         self._ports |= _listening(processes)
         new = set(os.listdir(SHM)) - self._shm
         self._shared |= {name for name in new if any(_has_mapped(process, name) for process in processes)}
@@ -120,7 +71,8 @@ class Program:
 
     def _left(self) -> list[str]:
         processes = [f"process {process}" for process in self.processes()]
-        ports = [f"port {port}" for port in sorted(self._ports & set(_listening_inodes().values()))]
+        listening = {inode: port for inode, port in _listening_inodes().items() if port in self._ports}
+        ports = [f"port {port} ({_who_has(f'socket:[{inode}]')})" for inode, port in sorted(listening.items())]
         shm = [f"/dev/shm/{name}" for name in sorted(self._shared & set(os.listdir(SHM)))]
         files = [path.name for path in self.tmp.iterdir() if not path.name.startswith(CACHE)]
         return [*processes, *ports, *shm, *(f"$TMPDIR/{name}" for name in sorted(files))]
@@ -130,6 +82,69 @@ class Program:
         for process in self.processes():
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
+
+
+class Program(Watched):
+    """A program and all that descends from it. Its folder gets `<name>.out` and `<name>.err`."""
+
+    def __init__(self, folder: Path, name: str, argv: Sequence[str], variables: Mapping[str, str]) -> None:
+        super().__init__(folder, name)
+        self._files = [folder / f"{name}.{ending}" for ending in ("out", "err")]
+        self.started = time.monotonic()
+        with open(self._files[0], "wb") as out, open(self._files[1], "wb") as err:
+            self.process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                start_new_session=True,
+                env={**environment(**self.variables), **variables},
+            )
+
+    @property
+    def text(self) -> str:
+        """All that was printed."""
+        return "".join(file.read_text(encoding="utf-8", errors="replace") for file in self._files)
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> its process. What a rank has started itself is no rank."""
+        numbered = {}
+        for process, variables in self.processes().items():
+            found = [m for word in variables.split(b"\0") if (m := RANK.fullmatch(word))]
+            if found and b"python" in program_of(process):
+                numbered[process] = int(found[0][1])
+        return {rank: process for process, rank in numbered.items() if _parent(process) not in numbered}
+
+    def ends(self, within_s: float) -> float:
+        """Waits until no process is left; when that was, by time.monotonic(). Raises TimeoutError."""
+        deadline = time.monotonic() + within_s
+        while True:
+            self.process.poll()
+            left = self.processes()
+            if not left:
+                self.process.wait(SETTLE_S)
+                return time.monotonic()
+            self._note(left)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {within_s:.0f} s there are still {len(left)} processes: {self.text[-600:]}")
+            time.sleep(0.1)
+
+    def waits_for(self, true: Callable[[], bool], within_s: float) -> bool:
+        """Whether it became true before the program ended. Raises TimeoutError."""
+        deadline = time.monotonic() + within_s
+        while not true():
+            if self.process.poll() is not None:
+                return False
+            self.sample()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"not so far within {within_s:.0f} s: {self.text[-600:]}")
+            time.sleep(0.01)
+        return True
+
+    def kill(self) -> None:
+        """Ends whoever is left of it."""
+        super().kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(SETTLE_S)
 
@@ -144,6 +159,11 @@ def started(
         yield program
     finally:
         program.kill()
+
+
+def program_of(process: int) -> bytes:
+    """The first word of its command line."""
+    return _read(process, "cmdline").split(b"\0")[0]
 
 
 def _read(process: int, file: str) -> bytes:
@@ -188,6 +208,15 @@ def _links(process: int) -> list[str]:
             with suppress(OSError):
                 found.append(os.readlink(entry.path))
     return found
+
+
+def _who_has(link: str) -> str:
+    """Which process has something open: one that was not watched may have been given the same port meanwhile."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        if link in _links(int(folder.name)):
+            words = _read(int(folder.name), "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
+            return f"process {folder.name}: {words[:120]}"
+    return "of no process that can be seen"
 
 
 def _has_mapped(process: int, name: str) -> bool:

@@ -152,20 +152,26 @@ class Cluster:
         boxes = {os.readlink(f"/proc/{self.box(file.parent.name)}/ns/mnt") for file in self.root.glob("*/box.pid")}
         return [pid for pid, space in _mount_spaces() if space in boxes]
 
-    def rank(self, run: str, node: str, rank: int) -> int:
-        """The process of a rank of a run on a node, by its number on this machine."""
+    def ranks(self, run: str, node: str) -> dict[int, list[int]]:
+        """Rank -> its processes on a node, of which there is one once it is there, by their numbers on this machine."""
         space = os.readlink(f"/proc/{self.box(node)}/ns/mnt")
-        found = []
+        found: dict[int, list[int]] = {}
         for pid, other in _mount_spaces():
             if other != space:
                 continue
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-                variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+                variables = Path(f"/proc/{pid}/environ").read_bytes().decode()
             except OSError:
                 continue
-            if "python" in words[0] and run in " ".join(words) and f"SLURM_PROCID={rank}" in variables:
-                found.append(pid)
+            number = re.search(r"(?:^|\0)SLURM_PROCID=(\d+)", variables)
+            if number and "python" in words[0] and run in " ".join(words):
+                found.setdefault(int(number[1]), []).append(pid)
+        return found
+
+    def rank(self, run: str, node: str, rank: int) -> int:
+        """The process of a rank of a run on a node, by its number on this machine."""
+        found = self.ranks(run, node).get(rank, [])
         assert len(found) == 1, f"rank {rank} of {run} on {node}: {found}"
         return found[0]
 

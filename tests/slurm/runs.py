@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,19 +42,27 @@ class Place:
     feature: str
     cwd: Path
 
-    def submit(self, *words: str, pace_s: float = 0.0) -> Run:
-        """`gtddp submit` of the run, in the directory `run` here."""
+    def submit(self, *words: str, pace_s: float = 0.0, of: Sequence[str] = WORDS, **variables: str) -> Run:
+        """`gtddp submit` of a run, in the directory `run` here; the job gets the environment variables too."""
         done = self.cluster.run(
             "gtddp",
             "submit",
-            *WORDS,
+            *of,
             "run.dir=run",
             f"launch.constraint={self.feature}",
             "launch.cpus_per_rank=1",
             *words,
             cwd=self.cwd,
             PACE_S=str(pace_s),
+            **variables,
         )
+        return self._submitted(done)
+
+    def resubmit(self, **variables: str) -> Run:
+        """`gtddp submit --resume` of that run."""
+        return self._submitted(self.cluster.run("gtddp", "submit", "--resume", "run", cwd=self.cwd, **variables))
+
+    def _submitted(self, done: subprocess.CompletedProcess[str]) -> Run:
         assert done.returncode == 0, done.stderr
         return Run(self.cluster, self.cwd / "run", done.stdout.split("job ")[1].split(";")[0])
 
