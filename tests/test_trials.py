@@ -463,11 +463,17 @@ def starts(folder: SweepFolder) -> dict[str, int]:
 
 
 def test_ctrl_c_while_a_trial_is_submitted_is_heard_afterwards() -> None:
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
     ignored = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
     submitted = ""
-    with pytest.raises(KeyboardInterrupt), sweeping._deaf():
-        os.kill(os.getpid(), signal.SIGINT)
-        submitted = subprocess.run([sys.executable, "-c", ignored], capture_output=True, text=True, timeout=60).stdout
+    try:
+        with pytest.raises(KeyboardInterrupt), sweeping._deaf():
+            os.kill(os.getpid(), signal.SIGINT)
+            submitted = subprocess.run(
+                [sys.executable, "-c", ignored], capture_output=True, text=True, timeout=60
+            ).stdout
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert submitted == "True\n"
 
 

@@ -131,7 +131,7 @@ def _picture(found: Mapping[Key, Cell]) -> Figure:
     from matplotlib.figure import Figure
 
     factors = list(dict.fromkeys(factor for _, factor, *_ in found))
-    figure = Figure(figsize=(13, 3.4 * len(factors)), layout="constrained")
+    figure = Figure(figsize=(13, 3.7 * len(factors)), layout="constrained")
     panels = figure.subplots(len(factors), len(BASES), squeeze=False)
     for (row, factor), (column, name) in itertools.product(enumerate(factors), enumerate(BASES)):
         axes = panels[row][column]
@@ -148,10 +148,13 @@ def _picture(found: Mapping[Key, Cell]) -> Figure:
                 marker="osD"[number], color=f"C{number}", label=label, capsize=2, markersize=5,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", title=f"{NAMES[name]}, {factor:g} x best rate", xlabel="rho")
+        weights = sorted({rho for _, _, terminal, rho in found if terminal != "base"})
+        axes.set_xticks(weights, [f"{rho:g}" for rho in weights])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25, which="both")
     for axes in panels[:, 0]:
         axes.set_ylabel("training loss (nats)")
-    panels[0][0].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 
