@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from gtddp_dist.config import load_config
 from gtddp_dist.errors import FAILED, OK
 from gtddp_dist.run_directory import RunDirectory
@@ -28,9 +26,8 @@ def test_gtddp_sgd_trains_where_sgd_diverges(tmp_path: Path) -> None:
     assert ours["val/accuracy"] >= 0.95
 
 
-@pytest.mark.parametrize(("rate", "accuracy"), [(0.1, 0.97), (0.3, 0.96)])
-def test_gtddp_ekfac_trains_also_at_ten_times_ekfacs_rate(tmp_path: Path, rate: float, accuracy: float) -> None:
+def test_gtddp_ekfac_trains_also_at_ten_times_ekfacs_rate(tmp_path: Path) -> None:
     """EKFAC's own best rate on this network is 0.03; at 0.3 it ends near 90%."""
-    code, summary = train(tmp_path / "run", "digits-ekfac", f"optimizer.lr={rate}")
+    code, summary = train(tmp_path / "run", "digits-ekfac", "optimizer.lr=0.3")
     assert code == OK
-    assert summary["val/accuracy"] >= accuracy
+    assert summary["val/accuracy"] >= 0.96
