@@ -277,16 +277,16 @@ class Capture:
                 f"a second backward pass reached module '{self.names[module]}', whose data were let go after the "
                 "first: call the first one with retain_graph=True, or add up the losses"
             )
+        if not self._forms(sample_gradients(module, inputs, grad)):
+            return grad
         dtype = next(module.parameters(recurse=False)).dtype
         with (
             torch.no_grad(),
             torch.autocast(grad.device.type, enabled=False),
             phase("gram", self._player_of[module]),
         ):
-            x, y = inputs.to(dtype), grad.to(dtype)
-            if not self._forms(sample_gradients(module, x, y)):
-                return grad
-            made = sample_gradients(module, prepare(module, x), y).per_sample()
+            x, y = prepare(module, inputs.to(dtype)), grad.to(dtype)
+            made = sample_gradients(module, x, y).per_sample()
             known = micro_batch.formed.setdefault(stream, {}).get(module)
             if known is not None:
                 made = {name: known[name] + each for name, each in made.items()}

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gtddp_dist import curvature
+from gtddp_dist.bench.gram import gram_ways
 from gtddp_dist.bench.memory import step_cost
 from gtddp_dist.bench.scaling import grids
 from gtddp_dist.bench.scaling_report import Row, read_grids, scaled
 from gtddp_dist.bench.stages import run_stages
-from gtddp_dist.bench.subject import described
+from gtddp_dist.bench.subject import described, new_model
 from gtddp_dist.cli import main
 from gtddp_dist.config import load_config
 from gtddp_dist.errors import BAD_INPUT, OK, UserError
@@ -32,6 +33,7 @@ from gtddp_dist.pipeline.costs import Counting, StageCosts, count_stages, read_c
 from gtddp_dist.pipeline.grid import Shape
 from gtddp_dist.pipeline.measured import Protocol, measure_stages
 from gtddp_dist.pipeline.plan import run_plan
+from gtddp_dist.players import is_affine, is_supported
 from gtddp_dist.trajectory import from_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -426,6 +428,13 @@ def test_all_contenders_beside_sgd(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} >= {"growth.md", "growth.png", "growth.csv"}
     kept = json.loads((tmp_path / "all.json").read_text())
     assert kept["rows"] == told["rows"] and len(kept["load_before"]) == 3
+
+
+def test_gram_goes_through_every_layer() -> None:
+    """Those whose per-sample gradients a step would form in its backward pass, too."""
+    config = load_config("bench-step", (*ALONE, "bench.steps=1"))
+    layers = {name for name, module in new_model(config).named_modules() if is_supported(module) and is_affine(module)}
+    assert {way.layer for way in gram_ways(config)} == layers
 
 
 def test_cost_of_one_optimizer_grows_with_the_batch() -> None:

@@ -10,7 +10,6 @@ from typing import get_args
 import torch
 
 from ..config_schema import Config
-from ..groups import StepSamples
 from ..optimizer import GTDDP
 from ..players import AffineGradients, FormedGradients, GramPath
 from .meters import now
@@ -56,10 +55,7 @@ def gram_ways(config: Config) -> list[Way]:
     images, labels = batch(config, contender.device, seed=0)
     scope = contender.config.optimizer.scope
     samples = scope if isinstance(scope, int) else len(images)
-    with contender.precision.autocast():
-        loss = torch.nn.functional.cross_entropy(contender.model(images), labels)
-    loss.backward()
-    step = StepSamples(optimizer.capture.take(), float(len(images)))
+    step = contender.samples(images, labels)
     found = []
     with torch.no_grad():
         for player in optimizer.trajectory.players:

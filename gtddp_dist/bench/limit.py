@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..curvature import SGD
 from ..curvature.kronecker import KroneckerCurvature
-from ..groups import StepSamples
 from ..optimizer import GTDDP
 from ..phases import Phase
 from ..pipeline.counting import flop_counter
@@ -56,12 +55,7 @@ def least_products(contender: Contender, images: Tensor, labels: Tensor) -> floa
     optimizer = contender.optimizer
     assert isinstance(optimizer, GTDDP)
     options = optimizer.options
-    optimizer.forms_early = "none"  # to have what they are made of
-    with contender.precision.autocast():
-        loss = torch.nn.functional.cross_entropy(contender.model(images), labels)
-    loss.backward()
-    optimizer.forms_early = "all"
-    step = StepSamples(optimizer.capture.take(), float(len(images)))
+    step = contender.samples(images, labels)
     group = min(options.scope, len(images)) if isinstance(options.scope, int) else len(images)
     number = isinstance(optimizer.curvature, SGD)
     total = 0.0

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..config_schema import Config
 from ..environment import select_device
 from ..errors import UserError
+from ..groups import StepSamples
 from ..optimizer import GTDDP
 from ..parts import new_optimizer_of
 from ..phases import Recorder, phase, recording
@@ -96,6 +97,16 @@ class Contender:
         with phase("other" if isinstance(self.optimizer, GTDDP) else "update"):
             self.optimizer.step()
         return loss
+
+    def samples(self, images: Tensor, labels: Tensor) -> StepSamples:
+        """What every layer's per-sample gradients are made of, of one forward and backward pass of a GTDDP."""
+        assert isinstance(self.optimizer, GTDDP)
+        former, self.optimizer.forms_early = self.optimizer.forms_early, "none"
+        with self.precision.autocast():
+            loss = F.cross_entropy(self.model(images), labels)
+        loss.backward()
+        self.optimizer.forms_early = former
+        return StepSamples(self.optimizer.capture.take(), float(len(images)))
 
     def recorded(self, images: Tensor, labels: Tensor, kind: Kind, read: Callable[[], tuple[float, ...]]) -> Recorder:
         """A step whose phases are charged, player by player where there are players."""

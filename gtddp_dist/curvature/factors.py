@@ -61,12 +61,7 @@ class Layout:
 
     def matrix(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Parameter-shaped tensors by name -> (G, O, I)."""
-        parts = []
-        if self.channels:
-            parts.append(grads["weight"].reshape(self.groups, self.outputs, -1))
-        if self.bias:
-            parts.append(grads["bias"].reshape(self.groups, self.outputs, 1))
-        return torch.cat(parts, dim=2)
+        return self.matrices({name: grad[None] for name, grad in grads.items()})[0]
 
     def matrices(self, grads: Mapping[str, Tensor]) -> Tensor:
         """The same for every sample: (B, *parameter shape) by name -> (B, G, O, I)."""

@@ -131,6 +131,7 @@ def _picture(found: Mapping[Key, Cell]) -> Figure:
     from matplotlib.figure import Figure
 
     factors = list(dict.fromkeys(factor for _, factor, *_ in found))
+    weights = sorted({rho for _, _, terminal, rho in found if terminal != "base"})
     figure = Figure(figsize=(13, 3.7 * len(factors)), layout="constrained")
     panels = figure.subplots(len(factors), len(BASES), squeeze=False)
     for (row, factor), (column, name) in itertools.product(enumerate(factors), enumerate(BASES)):
@@ -148,7 +149,6 @@ def _picture(found: Mapping[Key, Cell]) -> Figure:
                 marker="osD"[number], color=f"C{number}", label=label, capsize=2, markersize=5,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", title=f"{NAMES[name]}, {factor:g} x best rate", xlabel="rho")
-        weights = sorted({rho for _, _, terminal, rho in found if terminal != "base"})
         axes.set_xticks(weights, [f"{rho:g}" for rho in weights])
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25, which="both")

@@ -334,8 +334,8 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _convolution_backward(*arguments: Any, out_val: object = None) -> int:
-    """Work of a convolution's gradients. torch's own formula takes no notice of groups in that of the weight, which on
-    CPUs per-sample gradients are formed with: it would be as many times too much as there are samples."""
+    """Work of a convolution's gradients. torch's own formula takes no notice of groups in that of the weight: it
+    would be as many times too much as there are groups."""
     *others, groups, (inputs, weight, _) = arguments
     counted = flop_registry[_BACKWARD]
     of_inputs = counted(*others, groups, [inputs, False, False], out_val=out_val)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 BLOCK_NUMBERS = {"cpu": 2**20}
 """Numbers of a block by device: 4 MB in single precision, what two cores' caches hold. Blocks of half and twice that
-take the same time within a tenth (256 and 512 channels, 64 and 16 positions, 32 samples)."""
+take nearly the same time."""
 OTHER_BLOCK_NUMBERS = 2**26
 """On other devices: few large products."""
 

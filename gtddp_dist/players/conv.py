@@ -25,7 +25,7 @@ SHIFTED_POSITIONS = 128
 unfolded inputs, on a CPU: 1024 of them in a quarter of the time, 256 in two thirds, 64 in the same."""
 
 SHIFTED_CHANNELS = 16
-"""The same for input channels: with 3 of them and 1024 positions it takes twice the time."""
+"""The same for input channels: with 3 of them and 1024 positions it takes over twice the time."""
 
 PRODUCT_POSITIONS = 16
 """Positions up to which one matrix product of unfolded inputs makes the weight's gradient faster than a convolution, on
