@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -463,18 +464,25 @@ def starts(folder: SweepFolder) -> dict[str, int]:
 
 
 def test_ctrl_c_while_a_trial_is_submitted_is_heard_afterwards() -> None:
+    """Also where another thread, which holds no signal, is given it."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
-    ignored = "import signal; print(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)"
-    submitted = ""
-    try:
-        with pytest.raises(KeyboardInterrupt), sweeping._deaf():
-            os.kill(os.getpid(), signal.SIGINT)
-            submitted = subprocess.run(
-                [sys.executable, "-c", ignored], capture_output=True, text=True, timeout=60
-            ).stdout
-    finally:
-        signal.signal(signal.SIGINT, former)
-    assert submitted == "True\n"
+    held = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    for others in (0, 3):
+        end = threading.Event()
+        threads = [threading.Thread(target=end.wait) for _ in range(others)]
+        for thread in threads:
+            thread.start()
+        submitted = ""
+        try:
+            with pytest.raises(KeyboardInterrupt), sweeping._deaf():
+                os.kill(os.getpid(), signal.SIGINT)
+                submitted = subprocess.run(
+                    [sys.executable, "-c", held], capture_output=True, text=True, timeout=60
+                ).stdout
+        finally:
+            end.set()
+        assert submitted == "True\n"
+    signal.signal(signal.SIGINT, former)
 
 
 def test_an_interrupted_sweep_on_this_host(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ..files import write_text_atomically
 from ..jobs.scheduler import INTERVAL_S, Scheduler
 from ..jobs.status import RunStatus, counts, is_alive, survey, watch
 from ..jobs.submit import Prepared, check_executor, check_launch, submit_runs
+from ..launch import stop_signals_held
 from ..run_folder import CONFIG
 from .folder import SPEC, SweepFolder, make_folder
 from .report import report
@@ -173,18 +174,20 @@ def _run_here(folder: SweepFolder, runs: Sequence[Prepared], launch: LaunchConfi
 
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
-    """Processes that are started meanwhile take no notice of Ctrl-C, unless they ask for it as training does. Here it
+    """Processes that are started meanwhile take no notice of Ctrl-C until they ask for it, as training does. Here it
     waits for the end of the block.
 
     submitit's own process between here and a trial would kill the trial before its checkpoint is written.
     """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # what is ignored and not blocked would be lost
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    heard: list[int] = []
+    former = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))  # other threads may get it
     try:
-        yield
+        with stop_signals_held([signal.SIGINT]):
+            yield
     finally:
         signal.signal(signal.SIGINT, former)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if heard:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _end(jobs: Collection[str]) -> None:
