@@ -16,7 +16,7 @@ from torch import Tensor
 from ..players import AffineGradients, PlayerSamples, Scale, of_module, qualified
 from ..players.affine import outer_product_gram
 from ..players.base import gram_of
-from ..players.blocks import gram_in_blocks, gram_runs, mean_square_in_blocks
+from ..players.blocks import gradient_blocks, gram_of_blocks, gram_runs, mean_square_of_blocks
 from ..players.samples import symmetric
 from .base import Grads, Metric
 from .factors import InputSide
@@ -86,7 +86,8 @@ class Coordinates:
             return part.rotated(self.inputs.basis, self.outputs).gram(self.inputs.layout.parameters(self.inverse))
         if self._formed_first(part):
             return gram_runs(self.per_sample(part), self.inverse)
-        return gram_in_blocks(*self.positions(part), self.inverse)
+        x_BGLI, y_BGLO = self.positions(part)
+        return gram_of_blocks(gradient_blocks(x_BGLI, y_BGLO), len(x_BGLI), x_BGLI, self.inverse)
 
     def mean_square(self, part: AffineGradients) -> Tensor:
         """The mean over samples of every coordinate's square, shape (G, O, I)."""
@@ -94,7 +95,7 @@ class Coordinates:
             return self.inputs.layout.matrix(part.rotated(self.inputs.basis, self.outputs).mean_square())
         if self._formed_first(part):
             return self.per_sample(part).square_().mean(0)
-        return mean_square_in_blocks(*self.positions(part))
+        return mean_square_of_blocks(gradient_blocks(*self.positions(part)), self.inverse)
 
     def _formed_first(self, part: AffineGradients) -> bool:
         """Whether forming gradients and rotating them is less work than rotating the inputs of all positions."""

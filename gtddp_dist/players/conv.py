@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch.nn.functional as F
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import grad as library_grad
 
 from .affine import AffineGradients, GramPath
+from .blocks import Block
 from .pairs import Phase, pair_cost, pair_gram, phases
-from .shifts import shifted_gradients
+from .shifts import shifted_blocks, shifted_gradients
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _WEIGHT_GRADS: dict[int, Callable[..., Tensor]] = {
@@ -104,13 +105,29 @@ class ConvGradients(AffineGradients):
     def per_sample(self) -> dict[str, Tensor]:
         """One kernel element at a time where that is faster: for large images."""
         conv, y = self.module, self.output_grads
-        few = y.shape[2:].numel() < SHIFTED_POSITIONS or conv.in_channels // conv.groups < SHIFTED_CHANNELS
+        few = self._few_channels or y.shape[2:].numel() < SHIFTED_POSITIONS
         if "weight" not in self.controls or few:
             return super().per_sample()
-        x_BGCS, y_BGOS = (z.unflatten(1, (conv.groups, -1)) for z in (self.inputs, y * self.factor))
-        weight = shifted_gradients(x_BGCS, y_BGOS, self._phases(), conv.kernel_size)
+        weight = shifted_gradients(*self._images(), self._phases(), conv.kernel_size)
         bias = {"bias": self._bias_grads()} if "bias" in self.controls else {}
         return {"weight": weight.flatten(1, 2)} | bias
+
+    def _images(self) -> tuple[Tensor, Tensor]:
+        """Inputs x_BGCS and scaled output gradients y_BGOS."""
+        groups = self.module.groups
+        return self.inputs.unflatten(1, (groups, -1)), (self.output_grads * self.factor).unflatten(1, (groups, -1))
+
+    def _blocks(self) -> Iterator[Block]:
+        if self._few_channels:
+            return super()._blocks()
+        return shifted_blocks(*self._images(), self._phases())
+
+    def _by_group(self, weight: Tensor) -> Tensor:
+        return super()._by_group(weight) if self._few_channels else weight.unflatten(0, (self.module.groups, -1))
+
+    @property
+    def _few_channels(self) -> bool:
+        return self.module.in_channels // self.module.groups < SHIFTED_CHANNELS
 
     @property
     def _few_positions(self) -> bool:

@@ -4,20 +4,22 @@ The gradient at kernel element k is Y X_k^T: output gradients times the pixels t
 the pixels that k sees are those that any other element of its phase sees, some places further on, once the image is
 padded so that rows of positions and rows of pixels have the same length. So X_k is a view of the padded image, and what
 lies in it between rows meets zeros of Y.
+
+Shape suffixes beyond those of `base`: C channels of a group; S space and K kernel, one dimension for each of their own.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blocks import block_numbers
+from .blocks import Block, block_numbers
 from .pairs import Phase
 
 PADDED_BLOCKS = 4
@@ -50,10 +52,26 @@ def shifted_gradients(x_BGCS: Tensor, y_BGOS: Tensor, seen: Sequence[Phase], ker
             x = padded.pixels(x_BGCS[pixels].flatten(0, 1))
             y = padded.positions(y_BGOS[some].flatten(0, 1))
             for place, start in padded.starts:
-                x_k = x[:, :, start : start + y.shape[2]]
-                torch.bmm(y, x_k.mT, out=grads_KBGOC[place][some].flatten(0, 1))
+                torch.bmm(y, x[:, start : start + y.shape[2]], out=grads_KBGOC[place][some].flatten(0, 1))
     n = len(kernel)
     return grads_KBGOC.permute(n, n + 1, n + 2, n + 3, *range(n))
+
+
+def shifted_blocks(x_BGCS: Tensor, y_BGOS: Tensor, seen: Sequence[Phase]) -> Iterator[Block]:
+    """The same in blocks, one kernel element and some channels each; those that see nothing but padding have none."""
+    B, G, C = x_BGCS.shape[:3]
+    O = y_BGOS.shape[2]  # noqa: E741
+    size = min(C, max(1, block_numbers(x_BGCS.device) // (B * G * O)))
+    memory = x_BGCS.new_empty(B * G * O * size)
+    for phase in seen:
+        padded = _Padded.of(phase, y_BGOS.shape[3:])
+        x = padded.pixels(x_BGCS[(slice(None), slice(None), slice(None), *phase.pixels)].flatten(0, 1))
+        y = padded.positions(y_BGOS.flatten(0, 1))
+        for (place, start), first in itertools.product(padded.starts, range(0, C, size)):
+            channels = slice(first, min(C, first + size))
+            block = memory[: B * G * O * (channels.stop - first)].view(B * G, O, -1)
+            torch.bmm(y, x[:, start : start + y.shape[2], channels], out=block)
+            yield Block((channels, *place), block.view(B, G, O, -1))
 
 
 @dataclass(frozen=True)
@@ -87,21 +105,20 @@ class _Padded:
         return cls(extent, before, phase.sizes, tuple(outputs), tuple(starts))
 
     def pixels(self, x_BCS: Tensor) -> Tensor:
-        """(B, C, *space) -> (B, C, pixels), padded."""
-        after = [e - b - size for e, b, size in zip(self.extent, self.before, self.sizes, strict=True)]
-        after[0] += 1  # the last element's view ends somewhat behind the last row
-        return F.pad(x_BCS, _amounts(self.before, after)).flatten(2)
+        """(B, C, *space) -> (B, pixels, C), padded; products of what lies in memory like that are the fastest."""
+        extent = [self.extent[0] + 1, *self.extent[1:]]  # the last element's view ends somewhat behind the last row
+        x_BSC = x_BCS.new_zeros(len(x_BCS), *extent, x_BCS.shape[1])
+        some = [min(size, n - before) for size, n, before in zip(self.sizes, extent, self.before, strict=True)]
+        inside = (slice(before, before + size) for before, size in zip(self.before, some, strict=True))
+        seen = (slice(size) for size in some)  # a stride may leave pixels over at the border
+        x_BSC[(slice(None), *inside)] = x_BCS[(slice(None), slice(None), *seen)].movedim(1, -1)
+        return x_BSC.flatten(1, -2)
 
     def positions(self, y_BOS: Tensor) -> Tensor:
         """(B, O, *space of the output) -> (B, O, positions): rows as long as those of the pixels."""
         after = [0, *(e - n for e, n in zip(self.extent[1:], self.outputs[1:], strict=True))]
-        return F.pad(y_BOS, _amounts([0] * len(after), after)).flatten(2)
+        return F.pad(y_BOS, [amount for each in reversed(after) for amount in (0, each)]).flatten(2)
 
 
 def _elements(phase: Phase) -> int:
     return math.prod(len(each) for each in phase.elements)
-
-
-def _amounts(low: Sequence[int], high: Sequence[int]) -> list[int]:
-    """For torch's pad: the last dimension first."""
-    return [amount for pair in zip(reversed(low), reversed(high), strict=True) for amount in pair]
