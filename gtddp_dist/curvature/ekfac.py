@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from ..collectives import Collectives
 from ..players import AffineGradients, PlayerSamples
 from .base import Controls, Cooperation, State, check
 from .coordinates import Coordinates
-from .factors import Layout
+from .decompositions import Task
+from .factors import InputSide, Layout
 from .kronecker import KroneckerCurvature, anchor_of, corollary7
 
 
@@ -21,10 +23,18 @@ class EKFAC(KroneckerCurvature):
     """C = U diag(s + damping) U^T, U the factors' eigenbasis and s = E_b[(U_B^T g_b U_A)^2], a running average.
 
     Two cooperating layers ("exact") keep the 2 x 2 second moments of each pair of canonical coordinates instead.
+
+    Attributes:
+        basis_method: "eigh": eigenvectors of the factors, by a full decomposition, from which s starts anew. "qr": after
+            the first time one warm-started orthogonal iteration (as in SOAP, arXiv 2409.11321), into which s is carried;
+            canonical coordinates, which are not orthogonal, stay full decompositions.
     """
+
+    basis_method: Literal["eigh", "qr"] = "eigh"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.basis_method in ("eigh", "qr"), "basis_method", self.basis_method, "'eigh' or 'qr'")
         check(
             self.cooperation != "theorem3",
             "cooperation",
@@ -41,9 +51,17 @@ class EKFAC(KroneckerCurvature):
         # The pairs' own second moments take the place of Theorem 3's factors.
         return "exact"
 
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+    def _task(self, factors: Mapping[str, Tensor], state: State) -> Task:
+        if self.basis_method == "qr" and "basis_b" in state and "cross_a" not in factors:
+            return Task("iteration", factors, {"a": state["basis_a"], "b": state["basis_b"]})
+        return super()._task(factors, state)
+
+    def _restart(self, former: State, state: State, partner: State | None, layout: Layout) -> None:
         if partner is None or self.cooperation == "corollary7":
             side, _ = self.sides(state, layout)
+            if "values_b" not in state:
+                state["second_moments"] = self._carried(former, state, layout)
+                return
             ones = state.get("factor_ones", state["values_b"][0, 0])
             values_a = side.entries(state["values_a"], ones)
             state["second_moments"] = state["values_b"][:, :, None] * values_a[:, None]
@@ -53,6 +71,14 @@ class EKFAC(KroneckerCurvature):
             shape = (1, each["basis_b"].shape[1], each["basis_a"].shape[1])
             each["second_moments"] = torch.ones(shape).to(each["basis_a"])
         state["cross_moments"] = s_b[:, None] * s_a
+
+    def _carried(self, former: State, state: State, layout: Layout) -> Tensor:
+        """Second moments in the new basis, of a gradient whose coordinates in the former one had the former second
+        moments and no others: the diagonal there of C as it was. s' = (E_B'^T E_B)^2 s (E_A^T E_A')^2, squares
+        elementwise."""
+        side, basis_b = self.sides(former, layout)
+        turned = InputSide((side.basis.mT @ state["basis_a"]) ** 2, layout, side.by_channel)
+        return ((state["basis_b"].mT @ basis_b) ** 2) @ turned.into(former["second_moments"])
 
     def _correct(
         self,

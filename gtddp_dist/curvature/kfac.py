@@ -20,7 +20,7 @@ from .kronecker import KroneckerCurvature, corollary7, padded, value_ratio
 class KFAC(KroneckerCurvature):
     """C = (A + pi sqrt(damping)) (x) (B + sqrt(damping) / pi), pi^2 the ratio of the factors' mean eigenvalues."""
 
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+    def _restart(self, former: State, state: State, partner: State | None, layout: Layout) -> None:
         pass
 
     def _correct(
