@@ -560,8 +560,8 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
     if optimizer.basis_lag and optimizer.basis_every and optimizer.basis_lag >= optimizer.basis_every:
         yield Problem(
             ("optimizer.basis_lag", "optimizer.basis_every"),
-            f"bases begun at one step are used before the next are begun: expected less than {optimizer.basis_every}, or "
-            "a larger optimizer.basis_every",
+            f"bases are used before the next are begun: expected less than {optimizer.basis_every}, or a larger "
+            "optimizer.basis_every",
         )
     if optimizer.nesterov and (not optimizer.momentum or optimizer.dampening):
         yield Problem(

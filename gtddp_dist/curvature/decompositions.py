@@ -225,7 +225,7 @@ class _Job:
     def run(self) -> None:
         try:
             self._found = self._on_cpu.run()
-        except Exception as error:  # noqa: BLE001 - for whoever asks for the result
+        except Exception as error:  # for whoever asks for the result
             self._error = error
         self.done.set()
 
@@ -237,7 +237,7 @@ class _Job:
 
 
 class _Worker:
-    """A thread that lives while there are jobs. At the end of the process no more than the job at hand is waited for."""
+    """A thread that lives while there are jobs. The end of the process waits for the job at hand, and for no other."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

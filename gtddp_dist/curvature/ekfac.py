@@ -25,9 +25,9 @@ class EKFAC(KroneckerCurvature):
     Two cooperating layers ("exact") keep the 2 x 2 second moments of each pair of canonical coordinates instead.
 
     Attributes:
-        basis_method: "eigh": eigenvectors of the factors, by a full decomposition, from which s starts anew. "qr": after
-            the first time one warm-started orthogonal iteration (as in SOAP, arXiv 2409.11321), into which s is carried;
-            canonical coordinates, which are not orthogonal, stay full decompositions.
+        basis_method: "eigh": eigenvectors of the factors, by a full decomposition, from which s starts anew. "qr":
+            after the first time a step of orthogonal iteration from the former basis (as in SOAP, arXiv 2409.11321),
+            into which s is carried. Canonical coordinates are not orthogonal: for them always a full decomposition.
     """
 
     basis_method: Literal["eigh", "qr"] = "eigh"
@@ -50,6 +50,11 @@ class EKFAC(KroneckerCurvature):
     def of_paper(self) -> Cooperation:
         # The pairs' own second moments take the place of Theorem 3's factors.
         return "exact"
+
+    @property
+    def basis_work(self) -> float:
+        # Two products, into the iteration and from basis to basis, and a QR decomposition with its Q.
+        return super().basis_work if self.basis_method == "eigh" else 2 + 2 + 8 / 3
 
     def _task(self, factors: Mapping[str, Tensor], state: State) -> Task:
         if self.basis_method == "qr" and "basis_b" in state and "cross_a" not in factors:

@@ -229,6 +229,11 @@ class KroneckerCurvature(Curvature):
             "basis_age": float(timing.age(last, failures)),
         }
 
+    @property
+    def basis_work(self) -> float:
+        """Operations of a new basis of n vectors, as a multiple of n^3: an eigendecomposition's."""
+        return 9.0
+
     def timing(self, player: Player) -> Timing:
         """When a player's bases are renewed."""
         offset = int(player.turn * self.basis_every) if self.basis_spread else 0
