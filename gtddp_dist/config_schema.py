@@ -224,7 +224,8 @@ class OptimizerConfig:
     basis_every: PositiveInt | None = None
     """kfac, ekfac: steps from one decomposition of the factors to the next."""
     basis_method: Literal["eigh", "qr"] | None = None
-    """ekfac: eigenvectors of the factors (eigh), or after the first time a step of orthogonal iteration (qr)."""
+    """ekfac: eigenvectors of the factors (eigh), or after the first time a step of orthogonal iteration (qr);
+    kfac: eigh alone."""
     basis_spread: bool | None = None
     """kfac, ekfac: layers decompose their factors in turn, spread over the steps of basis_every."""
     basis_lag: NonNegativeInt | None = None
@@ -556,6 +557,12 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("train.dtype", "optimizer.capture"),
             "loss scaling reads p.grad, which capture=weighted does not fill: take capture=gradient",
+        )
+    if optimizer.basis_method == "qr" and (entry.base or optimizer.name) == "kfac":
+        yield Problem(
+            ("optimizer.basis_method", "optimizer.name"),
+            "KFAC needs the factors' eigenvectors: in another basis what it solves with is not diagonal; take "
+            "basis_method=eigh, or ekfac",
         )
     if optimizer.basis_lag and optimizer.basis_every and optimizer.basis_lag >= optimizer.basis_every:
         yield Problem(

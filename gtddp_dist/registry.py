@@ -73,6 +73,7 @@ _KRONECKER = (
     "factor_decay",
     "factor_every",
     "basis_every",
+    "basis_method",
     "basis_spread",
     "basis_lag",
     "factors",
@@ -80,7 +81,6 @@ _KRONECKER = (
     "max_factor_dim",
     "max_basis_failures",
 )
-_EKFAC = (*_KRONECKER, "basis_method")
 _GTDDP = (
     "preset",
     "gauss_newton_weight",
@@ -97,7 +97,7 @@ _GTDDP = (
     "replace_guard",
     "capture",
 )
-_LITERAL = tuple(dict.fromkeys(("base", "gauss_newton_weight", *_SGD, *_RMSPROP, *_ADAM, *_EKFAC)))
+_LITERAL = tuple(dict.fromkeys(("base", "gauss_newton_weight", *_SGD, *_RMSPROP, *_ADAM, *_KRONECKER)))
 _DDPNOPT = ("gauss_newton_weight", "value_hessian", "scope", "replace_guard")
 
 _MSA = ("lr", "weight_decay", "emsa_iterations")
@@ -112,19 +112,19 @@ OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "adam": OptimizerEntry(_ADAM, _BASE_BUILDER),
     "adamw": OptimizerEntry(_ADAM, _BASE_BUILDER),
     "kfac": OptimizerEntry(_KRONECKER, _GTDDP_BUILDER),
-    "ekfac": OptimizerEntry(_EKFAC, _GTDDP_BUILDER),
+    "ekfac": OptimizerEntry(_KRONECKER, _GTDDP_BUILDER),
     "gt-kfac": OptimizerEntry((*_KRONECKER, "cooperation", "projection"), _GTDDP_BUILDER, base="kfac"),
-    "gt-ekfac": OptimizerEntry((*_EKFAC, "cooperation", "projection"), _GTDDP_BUILDER, base="ekfac"),
+    "gt-ekfac": OptimizerEntry((*_KRONECKER, "cooperation", "projection"), _GTDDP_BUILDER, base="ekfac"),
     "gtddp-sgd": OptimizerEntry(_SGD + _GTDDP, _GTDDP_BUILDER, base="sgd"),
     "gtddp-rmsprop": OptimizerEntry(_RMSPROP + _GTDDP, _GTDDP_BUILDER, base="rmsprop"),
     "gtddp-adam": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adam"),
     "gtddp-adamw": OptimizerEntry(_ADAM + _GTDDP, _GTDDP_BUILDER, base="adamw"),
     "gtddp-kfac": OptimizerEntry(_KRONECKER + _GTDDP, _GTDDP_BUILDER, base="kfac"),
-    "gtddp-ekfac": OptimizerEntry(_EKFAC + _GTDDP, _GTDDP_BUILDER, base="ekfac"),
+    "gtddp-ekfac": OptimizerEntry(_KRONECKER + _GTDDP, _GTDDP_BUILDER, base="ekfac"),
     "ddpnopt-sgd": OptimizerEntry(_SGD + _DDPNOPT, _GTDDP_BUILDER, base="sgd"),
     "ddpnopt-rmsprop": OptimizerEntry(_RMSPROP + _DDPNOPT, _GTDDP_BUILDER, base="rmsprop"),
     "ddpnopt-adam": OptimizerEntry(_ADAM + _DDPNOPT, _GTDDP_BUILDER, base="adam"),
-    "ddpnopt-ekfac": OptimizerEntry(_EKFAC + _DDPNOPT, _GTDDP_BUILDER, base="ekfac"),
+    "ddpnopt-ekfac": OptimizerEntry(_KRONECKER + _DDPNOPT, _GTDDP_BUILDER, base="ekfac"),
     "msa": OptimizerEntry(_MSA, _MSA_BUILDER, whole_batch=True),
     "emsa": OptimizerEntry((*_MSA, "emsa_weight"), _MSA_BUILDER, whole_batch=True),
     "ddpnopt-literal": OptimizerEntry(_LITERAL, "gtddp_dist.build:literal_optimizer", whole_batch=True),

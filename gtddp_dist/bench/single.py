@@ -165,6 +165,12 @@ def check(config: Config) -> None:
         raise UserError(
             "train.dtype=float16 needs loss scaling, which bench step does not measure; take float32 or bfloat16"
         )
+    for key, value in (("basis_spread", config.optimizer.basis_spread), ("basis_lag", config.optimizer.basis_lag)):
+        if value:
+            raise UserError(
+                f"optimizer.{key}={value}: bench step times steps with new bases of all layers apart, and there would be "
+                "none; leave it out (spread over steps they take as long together)"
+            )
 
 
 def _kinds(config: Config) -> Sequence[Kind]:

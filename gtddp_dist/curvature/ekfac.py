@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,18 +22,10 @@ class EKFAC(KroneckerCurvature):
     """C = U diag(s + damping) U^T, U the factors' eigenbasis and s = E_b[(U_B^T g_b U_A)^2], a running average.
 
     Two cooperating layers ("exact") keep the 2 x 2 second moments of each pair of canonical coordinates instead.
-
-    Attributes:
-        basis_method: "eigh": eigenvectors of the factors, by a full decomposition, from which s starts anew. "qr":
-            after the first time a step of orthogonal iteration from the former basis (as in SOAP, arXiv 2409.11321),
-            into which s is carried. Canonical coordinates are not orthogonal: for them always a full decomposition.
     """
-
-    basis_method: Literal["eigh", "qr"] = "eigh"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.basis_method in ("eigh", "qr"), "basis_method", self.basis_method, "'eigh' or 'qr'")
         check(
             self.cooperation != "theorem3",
             "cooperation",

@@ -59,6 +59,10 @@ class KroneckerCurvature(Curvature):
         factor_decay: of the running averages of factors and second moments.
         factor_every: steps from one update of the factors to the next.
         basis_every: steps from one decomposition of the factors to the next.
+        basis_method: "eigh": eigenvectors of the factors, by a full decomposition. "qr" (EKFAC): after the first time a
+            step of orthogonal iteration from the former basis (as in SOAP, arXiv 2409.11321), into which EKFAC's second
+            moments are carried, in place of starting anew. Canonical coordinates of cooperating layers are not
+            orthogonal: for them always a full decomposition.
         basis_spread: players take their decompositions in turn, evenly over ``basis_every`` steps; all at the first.
         basis_lag: steps from the factors that are decomposed to the use of their bases, below ``basis_every``. With
             more than 0 a background thread decomposes them on the CPU meanwhile; those of the first step at once.
@@ -76,6 +80,7 @@ class KroneckerCurvature(Curvature):
     factor_decay: float = 0.95
     factor_every: int = 1
     basis_every: int = 50
+    basis_method: Literal["eigh", "qr"] = "eigh"
     basis_spread: bool = False
     basis_lag: int = 0
     factors: Factors = "unfolded"
@@ -96,6 +101,7 @@ class KroneckerCurvature(Curvature):
         check(0 <= self.factor_decay < 1, "factor_decay", self.factor_decay, "a number in [0, 1)")
         for name in ("factor_every", "basis_every", "max_factor_dim"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
+        check(self.basis_method in ("eigh", "qr"), "basis_method", self.basis_method, "'eigh' or 'qr'")
         check(
             0 <= self.basis_lag < self.basis_every,
             "basis_lag",
