@@ -168,8 +168,8 @@ def check(config: Config) -> None:
     for key, value in (("basis_spread", config.optimizer.basis_spread), ("basis_lag", config.optimizer.basis_lag)):
         if value:
             raise UserError(
-                f"optimizer.{key}={value}: bench step times steps with new bases of all layers apart, and there would be "
-                "none; leave it out (spread over steps they take as long together)"
+                f"optimizer.{key}={value}: bench step times steps with new bases of all layers apart, and there are "
+                "none; leave it out"
             )
 
 

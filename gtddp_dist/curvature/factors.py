@@ -205,7 +205,7 @@ def iterated_basis(factor_Gnn: Tensor, basis_Gnn: Tensor) -> Tensor:
         torch.linalg.LinAlgError: the result is not finite.
     """
     moved = factor_Gnn @ basis_Gnn
-    order = (basis_Gnn * moved).sum(-2).argsort(-1, descending=True, stable=True)
+    order = (basis_Gnn * moved).sum(-2).argsort(dim=-1, descending=True, stable=True)
     vectors = torch.linalg.qr(moved.take_along_dim(order[..., None, :], -1)).Q
     if not bool(torch.isfinite(vectors).all()):
         raise torch.linalg.LinAlgError("orthogonal iteration: the result is not finite")
