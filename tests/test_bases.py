@@ -21,7 +21,7 @@ from gtddp_dist import GTDDP, curvature
 from gtddp_dist.curvature import factors
 from gtddp_dist.curvature.decompositions import Ahead, Task
 from gtddp_dist.curvature.factors import Layout
-from gtddp_dist.curvature.kronecker import trace_ratio
+from gtddp_dist.curvature.kronecker import KroneckerCurvature, trace_ratio
 from gtddp_dist.errors import CurvatureError, OptionError
 
 State = dict[str, Tensor]
@@ -146,8 +146,8 @@ def test_ekfac_by_orthogonal_iteration_against_a_dense_reference() -> None:
                 update = own["EB"] @ moved @ own["EA"].T
                 own["update_w"], own["update_b"] = update[:, :-1], update[:, -1]
             for name, layer in (("0", first), ("2", last)):
-                layer.weight -= lr * kept[name]["update_w"]
-                layer.bias -= lr * kept[name]["update_b"]
+                layer.weight.sub_(lr * kept[name]["update_w"])
+                layer.bias.sub_(lr * kept[name]["update_b"])
         torch.testing.assert_close(weights(model), weights(reference), atol=1e-10, rtol=0)
     assert not any(key.startswith("values") for key in states(optimizer)["0"])  # they were of the first basis
 
@@ -245,8 +245,9 @@ def test_bases_of_one_step_are_used_so_many_steps_later(
     """Bit by bit: those of the factors at step t, from step t + lag on and not before."""
     model = ALL_NETS[net].model()
     optimizer = GTDDP(model, base, gauss_newton_weight=0.5, cooperation=cooperation)
-    pair = next((base.cooperating(cooperation).pair(optimizer._controls(p)) for p in optimizer.trajectory.players  # type: ignore[attr-defined]
-                 if p.shortcut), None)  # fmt: skip
+    rules = optimizer.curvature
+    assert isinstance(rules, KroneckerCurvature)
+    pair = next((rules.pair(optimizer._controls(p)) for p in optimizer.trajectory.players if p.shortcut), None)
     history: list[dict[str, State]] = []
     for t in range(13):
         step(model, optimizer, net, t)
@@ -264,8 +265,8 @@ def test_bases_of_one_step_are_used_so_many_steps_later(
             if pair is not None and name in pair and cooperation == "exact":
                 both = [history[begun][each] for each in pair]
                 for side in "ab":
-                    damped = [damped_factor(each, side) for each in both]
-                    expected = factors.canonical_bases(*damped, both[0][f"cross_{side}"][0])[pair.index(name)]
+                    u, v = (damped_factor(each, side) for each in both)
+                    expected = factors.canonical_bases(u, v, both[0][f"cross_{side}"][0])[pair.index(name)]
                     assert torch.equal(state[f"basis_{side}"][0], expected)
             elif isinstance(base, curvature.EKFAC) and base.basis_method == "qr":
                 if pair is not None and name == pair[1]:

@@ -165,10 +165,11 @@ def check(config: Config) -> None:
         raise UserError(
             "train.dtype=float16 needs loss scaling, which bench step does not measure; take float32 or bfloat16"
         )
-    for key, value in (("basis_spread", config.optimizer.basis_spread), ("basis_lag", config.optimizer.basis_lag)):
-        if value:
+    optimizer = config.optimizer
+    for name, given in (("basis_spread", optimizer.basis_spread), ("basis_lag", optimizer.basis_lag)):
+        if given:
             raise UserError(
-                f"optimizer.{key}={value}: bench step times steps with new bases of all layers apart, and there are "
+                f"optimizer.{name}={given}: bench step times steps with new bases of all layers apart, and there are "
                 "none; leave it out"
             )
 
