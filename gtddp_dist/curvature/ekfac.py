@@ -73,7 +73,7 @@ class EKFAC(KroneckerCurvature):
         moments and no others: the diagonal there of C as it was. s' = (E_B'^T E_B)^2 s (E_A^T E_A')^2, squares
         elementwise."""
         side, basis_b = self.sides(former, layout)
-        # In one memory layout, on which the last bit depends: replicas that are sent a basis have another than its maker.
+        # The last bit depends on the memory layout; replicas that are sent a basis have another than its maker.
         new_a, new_b = state["basis_a"].contiguous(), state["basis_b"].contiguous()
         turned = InputSide((side.basis.mT @ new_a) ** 2, layout, side.by_channel)
         return ((new_b.mT @ basis_b) ** 2) @ turned.into(former["second_moments"])
