@@ -223,6 +223,13 @@ class OptimizerConfig:
     """kfac, ekfac: steps from one update of the factors to the next."""
     basis_every: PositiveInt | None = None
     """kfac, ekfac: steps from one decomposition of the factors to the next."""
+    basis_method: Literal["eigh", "qr"] | None = None
+    """ekfac: eigenvectors of the factors (eigh), or after the first time a step of orthogonal iteration (qr);
+    kfac: eigh alone."""
+    basis_spread: bool | None = None
+    """kfac, ekfac: layers decompose their factors in turn, spread over the steps of basis_every."""
+    basis_lag: NonNegativeInt | None = None
+    """kfac, ekfac: steps that a decomposition has, in a background thread of the CPU; 0: it is made at once."""
     factors: Literal["unfolded", "spatially_uncorrelated", "reduced"] | None = None
     """kfac, ekfac: what factors of convolutions and token layers are made of."""
     fisher: Literal["empirical", "sampled"] | None = None
@@ -550,6 +557,18 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("train.dtype", "optimizer.capture"),
             "loss scaling reads p.grad, which capture=weighted does not fill: take capture=gradient",
+        )
+    if optimizer.basis_method == "qr" and (entry.base or optimizer.name) == "kfac":
+        yield Problem(
+            ("optimizer.basis_method", "optimizer.name"),
+            "KFAC needs the factors' eigenvectors: in another basis what it solves with is not diagonal; take "
+            "basis_method=eigh, or ekfac",
+        )
+    if optimizer.basis_lag and optimizer.basis_every and optimizer.basis_lag >= optimizer.basis_every:
+        yield Problem(
+            ("optimizer.basis_lag", "optimizer.basis_every"),
+            f"bases are used before the next are begun: expected less than {optimizer.basis_every}, or a larger "
+            "optimizer.basis_every",
         )
     if optimizer.nesterov and (not optimizer.momentum or optimizer.dampening):
         yield Problem(

@@ -7,6 +7,7 @@ import operator
 import traceback
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, cast, get_args
@@ -341,7 +342,8 @@ def _cut_into_stages(
     stages = []
     for index, members in enumerate(groups):
         names = {str(node.target): model.get_submodule(str(node.target)) for node in members}
-        player = Player(index, names, tuple(str(n.target) for n in members if n in shortcuts))
+        shortcut = tuple(str(n.target) for n in members if n in shortcuts)
+        player = Player(index, names, shortcut, Fraction(index, len(groups)))
         nodes = _with_fixed({node for node in graph.nodes if stage_of.get(node) == index}, fixed)
         run = _GraphStage(model, cuts[index], [node for node in graph.nodes if node in nodes], cuts[index + 1])
         used = tuple(str(node.target) for node in run.nodes if node.op in ("call_module", "get_attr"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Protocol, TypedDict
 
 from tabulate import tabulate
@@ -40,11 +41,14 @@ class Player:
         modules: qualified module name -> module.
         shortcut: names of the modules that form a projection shortcut, a subset of ``modules``; empty where the
             shortcut is a player of its own.
+        turn: its place in the whole network, from 0 up to 1: of a segment's players, too. What players do in turn goes
+            by it.
     """
 
     index: int
     modules: Mapping[str, nn.Module]
     shortcut: tuple[str, ...] = ()
+    turn: Fraction = Fraction(0)
 
     @property
     def name(self) -> str:
@@ -209,7 +213,8 @@ def from_stages(
         after = ("output",) if index == len(stages) - 1 else (f"z{index + 1}",)
         reads = [names[module] for module in stage.modules() if module in names]
         reads += [names_of[p] for p in (*stage.parameters(), *stage.buffers()) if p in names_of]
-        built.append(Stage(Player(index, found), before, after, ModuleStage(stage), tuple(reads)))
+        player = Player(index, found, turn=Fraction(index, len(stages)))
+        built.append(Stage(player, before, after, ModuleStage(stage), tuple(reads)))
     missing = [
         name
         for name, module in model.named_modules()

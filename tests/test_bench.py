@@ -451,6 +451,7 @@ def test_cost_of_one_optimizer_grows_with_the_batch() -> None:
     [
         (("step", "parallel.pipe=2"), "parallel.pipe=2: bench step measures one process"),
         (("step", "train.dtype=float16", "optimizer.capture=gradient"), "take float32 or bfloat16"),
+        (("step", "optimizer.name=gtddp-ekfac", "optimizer.basis_lag=2"), "optimizer.basis_lag=2: bench step times"),
         (("memory", "bench.optimizers=[sdg]"), "one of the contenders (nearest first): sgd"),
         (("gram", "--ranks", "2"), "--ranks: bench gram measures one process"),
     ],

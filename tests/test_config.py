@@ -230,6 +230,15 @@ CROSS_FIELD_ERRORS = [
         ["optimizer.name=gtddp-ekfac", "optimizer.projection=separate", "optimizer.cooperation=exact"],
         ["optimizer.projection = 'separate'", "optimizer.cooperation = 'exact'", "nobody to cooperate with"],
     ),
+    (
+        ["optimizer.name=gtddp-kfac", "optimizer.basis_method=qr"],
+        ["optimizer.basis_method = 'qr'", "optimizer.name = 'gtddp-kfac'", "basis_method=eigh, or ekfac"],
+    ),
+    (["optimizer.name=kfac", "optimizer.gauss_newton_weight=null", "optimizer.basis_method=qr"], ["basis_method=eigh"]),
+    (
+        ["optimizer.name=gtddp-kfac", "optimizer.basis_lag=8", "optimizer.basis_every=8"],
+        ["optimizer.basis_lag = 8", "optimizer.basis_every = 8", "expected less than 8, or a larger"],
+    ),
     (["model.channels=[8, 8]"], ["model.channels = [8, 8]", "one number for each block"]),
     (["data.dir=here"], ["data.dir = 'here'", "digits takes no option dir"]),
 ]

@@ -165,6 +165,13 @@ def check(config: Config) -> None:
         raise UserError(
             "train.dtype=float16 needs loss scaling, which bench step does not measure; take float32 or bfloat16"
         )
+    optimizer = config.optimizer
+    for name, given in (("basis_spread", optimizer.basis_spread), ("basis_lag", optimizer.basis_lag)):
+        if given:
+            raise UserError(
+                f"optimizer.{name}={given}: bench step times steps with new bases of all layers apart, and there are "
+                "none; leave it out"
+            )
 
 
 def _kinds(config: Config) -> Sequence[Kind]:

@@ -12,7 +12,8 @@ from ..collectives import Collectives
 from ..players import AffineGradients, PlayerSamples
 from .base import Controls, Cooperation, State, check
 from .coordinates import Coordinates
-from .factors import Layout
+from .decompositions import Task
+from .factors import InputSide, Layout
 from .kronecker import KroneckerCurvature, anchor_of, corollary7
 
 
@@ -41,9 +42,22 @@ class EKFAC(KroneckerCurvature):
         # The pairs' own second moments take the place of Theorem 3's factors.
         return "exact"
 
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+    @property
+    def basis_work(self) -> float:
+        # Two products, into the iteration and from basis to basis, and a QR decomposition with its Q.
+        return super().basis_work if self.basis_method == "eigh" else 2 + 2 + 8 / 3
+
+    def _task(self, factors: Mapping[str, Tensor], state: State) -> Task:
+        if self.basis_method == "qr" and "basis_b" in state and "cross_a" not in factors:
+            return Task("iteration", factors, {"a": state["basis_a"], "b": state["basis_b"]})
+        return super()._task(factors, state)
+
+    def _restart(self, former: State, state: State, partner: State | None, layout: Layout) -> None:
         if partner is None or self.cooperation == "corollary7":
             side, _ = self.sides(state, layout)
+            if "values_b" not in state:
+                state["second_moments"] = self._carried(former, state, layout)
+                return
             ones = state.get("factor_ones", state["values_b"][0, 0])
             values_a = side.entries(state["values_a"], ones)
             state["second_moments"] = state["values_b"][:, :, None] * values_a[:, None]
@@ -53,6 +67,16 @@ class EKFAC(KroneckerCurvature):
             shape = (1, each["basis_b"].shape[1], each["basis_a"].shape[1])
             each["second_moments"] = torch.ones(shape).to(each["basis_a"])
         state["cross_moments"] = s_b[:, None] * s_a
+
+    def _carried(self, former: State, state: State, layout: Layout) -> Tensor:
+        """Second moments in the new basis, of a gradient whose coordinates in the former one had the former second
+        moments and no others: the diagonal there of C as it was. s' = (E_B'^T E_B)^2 s (E_A^T E_A')^2, squares
+        elementwise."""
+        side, basis_b = self.sides(former, layout)
+        # The last bit depends on the memory layout; replicas that are sent a basis have another than its maker.
+        new_a, new_b = state["basis_a"].contiguous(), state["basis_b"].contiguous()
+        turned = InputSide((side.basis.mT @ new_a) ** 2, layout, side.by_channel)
+        return ((new_b.mT @ basis_b) ** 2) @ turned.into(former["second_moments"])
 
     def _correct(
         self,

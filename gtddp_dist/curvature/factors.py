@@ -188,6 +188,30 @@ def eigenbasis(factor_Gnn: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0), vectors
 
 
+def iterated_basis(factor_Gnn: Tensor, basis_Gnn: Tensor) -> Tensor:
+    """One step of orthogonal iteration from a former basis towards the eigenvectors: Q of the QR decomposition of A E.
+
+    The columns of E are taken by falling Rayleigh quotient: each then loses what belongs to those before it, and keeps
+    its own place. In the order of eigenvalues that rise, every error would grow towards the largest one.
+
+    Args:
+        factor_Gnn: A, symmetric, shape (G, n, n).
+        basis_Gnn: E, orthogonal, of the same shape.
+
+    Returns:
+        The new basis (G, n, n), its columns in that order.
+
+    Raises:
+        torch.linalg.LinAlgError: the result is not finite.
+    """
+    moved = factor_Gnn @ basis_Gnn
+    order = (basis_Gnn * moved).sum(-2).argsort(dim=-1, descending=True, stable=True)
+    vectors = torch.linalg.qr(moved.take_along_dim(order[..., None, :], -1)).Q
+    if not bool(torch.isfinite(vectors).all()):
+        raise torch.linalg.LinAlgError("orthogonal iteration: the result is not finite")
+    return vectors
+
+
 def canonical_bases(uu_nn: Tensor, vv_mm: Tensor, uv_nm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Coordinates in which two layers' factors are I, I and diag(s): canonical correlations.
 

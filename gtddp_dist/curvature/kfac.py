@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..collectives import Collectives
 from ..players import PlayerSamples
-from .base import Controls, State
+from .base import Controls, State, check
 from .coordinates import Coordinates
 from .factors import Layout
 from .kronecker import KroneckerCurvature, corollary7, padded, value_ratio
@@ -20,7 +20,16 @@ from .kronecker import KroneckerCurvature, corollary7, padded, value_ratio
 class KFAC(KroneckerCurvature):
     """C = (A + pi sqrt(damping)) (x) (B + sqrt(damping) / pi), pi^2 the ratio of the factors' mean eigenvalues."""
 
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.basis_method == "eigh",
+            "basis_method",
+            self.basis_method,
+            "'eigh' with KFAC (what it solves with is diagonal among eigenvectors alone; use EKFAC)",
+        )
+
+    def _restart(self, former: State, state: State, partner: State | None, layout: Layout) -> None:
         pass
 
     def _correct(

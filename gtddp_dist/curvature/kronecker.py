@@ -41,6 +41,7 @@ from .base import (
     number,
 )
 from .coordinates import CoordinateMetric, Coordinates, Coupling
+from .decompositions import Ahead, Decompositions, Task, Timing, drop_snapshot, keep_snapshot, snapshot
 from .factors import Factors, InputSide, Layout
 
 _log = logging.getLogger(__name__)
@@ -58,6 +59,13 @@ class KroneckerCurvature(Curvature):
         factor_decay: of the running averages of factors and second moments.
         factor_every: steps from one update of the factors to the next.
         basis_every: steps from one decomposition of the factors to the next.
+        basis_method: "eigh": eigenvectors of the factors, by a full decomposition. "qr" (EKFAC): after the first time a
+            step of orthogonal iteration from the former basis (as in SOAP, arXiv 2409.11321), into which EKFAC's second
+            moments are carried, in place of starting anew. Canonical coordinates of cooperating layers are not
+            orthogonal: for them always a full decomposition.
+        basis_spread: players take their decompositions in turn, evenly over ``basis_every`` steps; all at the first.
+        basis_lag: steps from the factors that are decomposed to the use of their bases, below ``basis_every``. With
+            more than 0 a background thread decomposes them on the CPU meanwhile; those of the first step at once.
         factors: what they are made of: "unfolded" patches and all positions; "spatially_uncorrelated": over channels
             alone; "reduced": mean inputs and summed output gradients (KFAC-reduce).
         fisher: "empirical": gradients of the batch's own loss; "sampled": of labels drawn from the model's softmax.
@@ -72,6 +80,9 @@ class KroneckerCurvature(Curvature):
     factor_decay: float = 0.95
     factor_every: int = 1
     basis_every: int = 50
+    basis_method: Literal["eigh", "qr"] = "eigh"
+    basis_spread: bool = False
+    basis_lag: int = 0
     factors: Factors = "unfolded"
     fisher: Literal["empirical", "sampled"] = "empirical"
     max_factor_dim: int = 8192
@@ -80,6 +91,7 @@ class KroneckerCurvature(Curvature):
     """The optimizer's option of that name goes before it."""
     lenient: bool = field(default=False, repr=False)
     """Players that cannot cooperate do not, rather than being refused (the optimizer's default)."""
+    _ahead: Ahead = field(default_factory=Ahead, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check(self.lr >= 0, "lr", self.lr, "a number >= 0")
@@ -89,6 +101,13 @@ class KroneckerCurvature(Curvature):
         check(0 <= self.factor_decay < 1, "factor_decay", self.factor_decay, "a number in [0, 1)")
         for name in ("factor_every", "basis_every", "max_factor_dim"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
+        check(self.basis_method in ("eigh", "qr"), "basis_method", self.basis_method, "'eigh' or 'qr'")
+        check(
+            0 <= self.basis_lag < self.basis_every,
+            "basis_lag",
+            self.basis_lag,
+            f"a whole number from 0 up to below basis_every={self.basis_every}; raise basis_every, or lower basis_lag",
+        )
         check(self.max_basis_failures >= 0, "max_basis_failures", self.max_basis_failures, "a whole number >= 0")
         choices = ("unfolded", "spatially_uncorrelated", "reduced")
         check(self.factors in choices, "factors", self.factors, "one of " + ", ".join(map(repr, choices)))
@@ -180,17 +199,13 @@ class KroneckerCurvature(Curvature):
             raise CurvatureError(
                 f"player '{controls.player.name}': no derivative of the stream '{self.stream}' reached all its modules"
             )
-        anchors = {name: anchor_of(name, controls) for name in layers}
         first = next(iter(new))
         steps = int(controls.state[first].get("step", torch.zeros(())))
         for name in new:
             new[name] = {k: v for k, v in controls.state[name].items() if k != "momentum_buffer"}
         if steps % self.factor_every == 0:
             self._average(controls, samples, layers, new, ranks)
-        if steps % self.basis_every == 0 or any("basis_b" not in new[anchor] for anchor in anchors.values()):
-            work: _Decompositions | None = self._decompose(controls, layers, new, ranks)
-        else:
-            work = None
+        work = self._begin_bases(controls, layers, new, steps, ranks)
 
         def finish(samples: PlayerSamples | None) -> dict[str, State]:
             if work is not None:
@@ -205,18 +220,30 @@ class KroneckerCurvature(Curvature):
         return Begun(finish, waits=work is not None and ranks.replicas > 1)
 
     def ages(self, controls: Controls) -> dict[str, float]:
-        """Of the factors' last update and of the bases: more than ``basis_every`` where a decomposition failed."""
+        """Of the factors' last update, and of the factors that the bases are of: more than ``basis_every`` (and
+        ``basis_lag``) where a decomposition failed."""
         first = next(iter(controls.parameters))
         if controls.player is None or "step" not in controls.state[first]:
             return {}
         last = int(controls.state[first]["step"]) - 1
+        timing = self.timing(controls.player)
         failures = max(
             (int(state["basis_failures"]) for state in controls.state.values() if "basis_failures" in state), default=0
         )
         return {
             "factor_age": float(last % self.factor_every),
-            "basis_age": float(last % self.basis_every + failures * self.basis_every),
+            "basis_age": float(timing.age(last, failures)),
         }
+
+    @property
+    def basis_work(self) -> float:
+        """Operations of a new basis of n vectors, as a multiple of n^3: an eigendecomposition's."""
+        return 9.0
+
+    def timing(self, player: Player) -> Timing:
+        """When a player's bases are renewed."""
+        offset = int(player.turn * self.basis_every) if self.basis_spread else 0
+        return Timing(self.basis_every, offset, self.basis_lag)
 
     def mix(self, state: State, key: str, value: Tensor, module: str, ranks: Collectives) -> None:
         """Take a new value, averaged over replicas, into a running average; the first one is the average."""
@@ -273,40 +300,65 @@ class KroneckerCurvature(Curvature):
         self.mix(state, "cross_a", bases.input_factor(x_u, x_v), pair[0], ranks)
         self.mix(state, "cross_b", bases.output_factor(y_u, y_v), pair[0], ranks)
 
+    def _begin_bases(
+        self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State], step: int, ranks: Collectives
+    ) -> Decompositions | None:
+        """New bases, as far as any are due by this step; of later ones a snapshot of the factors is kept and, by their
+        owner, begun."""
+        player, pair = cast(Player, controls.player), self.pair(controls)
+        timing = self.timing(player)
+        # The second layer of a pair is decomposed with the first.
+        states = {n: new[anchor_of(n, controls)] for n in layers if pair is None or n != pair[1]}
+        owners = {name: index % ranks.replicas for index, name in enumerate(states, player.index)}
+        first = any("basis_b" not in state for state in states.values())
+        if first or (timing.begins(step) and not timing.lag):
+            tasks = {n: self._task(self._factors(n, controls, new), state) for n, state in states.items()}
+            return self._decompose(tasks, owners, ranks, begun=False)
+        if timing.begins(step):
+            for name, state in states.items():
+                keep_snapshot(state, self._factors(name, controls, new))
+                if owners[name] == ranks.replica:
+                    self._ahead.begin(name, self._task(snapshot(state), state))
+        elif timing.ends(step):
+            tasks = {n: self._task(snapshot(state), state) for n, state in states.items() if snapshot(state)}
+            return self._decompose(tasks, owners, ranks, begun=True) if tasks else None
+        return None
+
+    def _factors(self, name: str, controls: Controls, new: Mapping[str, State]) -> dict[str, Tensor]:
+        """What a layer's bases are made of, or those of the pair that it is the first of."""
+        state, pair = new[anchor_of(name, controls)], self.pair(controls)
+        if pair is None or name != pair[0] or self.cooperation == "corollary7":
+            return {"a": state["factor_a"], "b": state["factor_b"]}
+        group = controls.groups[anchor_of(name, controls)]
+        return _damped(state, new[anchor_of(pair[1], controls)], number(group, "damping") ** 0.5)
+
+    def _task(self, factors: Mapping[str, Tensor], state: State) -> Task:
+        """How they are decomposed; ``state`` has the bases there are."""
+        return Task("canonical" if "cross_a" in factors else "eigenbases", factors)
+
     def _decompose(
-        self, controls: Controls, layers: Mapping[str, Layout], new: dict[str, State], ranks: Collectives
-    ) -> _Decompositions:
-        """New bases of those layers that are this replica's part.
+        self, tasks: Mapping[str, Task], owners: dict[str, int], ranks: Collectives, *, begun: bool
+    ) -> Decompositions:
+        """New bases of those layers that are this replica's part; ``begun``: their tasks run in the background.
 
         Replicas have the same factors, so they share the decompositions out among themselves, player by player.
         """
-        pair = self.pair(controls)
-        alone = [name for name in layers if pair is None or name != pair[1]]  # that one with its partner
-        first = cast(Player, controls.player).index  # most players have one layer
-        owners = {name: index % ranks.replicas for index, name in enumerate(alone, first)}
-        found: dict[str, _Decomposed] = {}
+        found = {name: task.shaped() for name, task in tasks.items()}
         reasons: dict[str, str] = {}
-        for name in alone:
-            state = new[anchor_of(name, controls)]
-            partner = None if pair is None or name not in pair else new[anchor_of(pair[1], controls)]
-            found[name] = _Decomposed.shaped(state, partner if self.cooperation != "corollary7" else None)
-            if owners[name] != ranks.replica:
-                continue
-            try:
-                if partner is None or self.cooperation == "corollary7":
-                    found[name] = self._eigenbases(state)
-                else:
-                    found[name] = self._canonical_bases(state, partner, controls.groups[anchor_of(name, controls)])
-            except torch.linalg.LinAlgError as error:
-                reasons[name] = str(error)
-        return _Decompositions(owners, found, reasons)
+        for name, task in tasks.items():
+            if owners[name] == ranks.replica:
+                try:
+                    found[name] = self._ahead.result(name, task) if begun else task.run()
+                except torch.linalg.LinAlgError as error:
+                    reasons[name] = str(error)
+        return Decompositions({name: owners[name] for name in tasks}, found, reasons)
 
     def _exchange(
         self,
         controls: Controls,
         layers: Mapping[str, Layout],
         new: dict[str, State],
-        work: _Decompositions,
+        work: Decompositions,
         ranks: Collectives,
     ) -> None:
         """New bases from whoever made them; where that failed the previous one is kept, a bounded number of times."""
@@ -314,14 +366,16 @@ class KroneckerCurvature(Curvature):
         for name, owner in work.owners.items():
             state = new[anchor_of(name, controls)]
             partner = None if pair is None or name not in pair else new[anchor_of(pair[1], controls)]
+            drop_snapshot(state)
             failed = torch.tensor(float(name in work.reasons)).to(state["factor_b"])
             failed, *tensors = ranks.from_replica(owner, [failed, *work.found[name].tensors()])
             if bool(failed):
                 self._keep_basis(state, name, work.reasons.get(name, f"in replica {owner}"))
                 continue
+            former = dict(state)
             work.found[name].filled(tensors).store(state, partner)
             state["basis_failures"] = torch.zeros(())
-            self._restart(state, partner, layers[name], controls, name)
+            self._restart(former, state, partner, layers[name])
 
     def _keep_basis(self, state: State, name: str, reason: str) -> None:
         failures = int(state.get("basis_failures", torch.zeros(()))) + 1
@@ -333,28 +387,9 @@ class KroneckerCurvature(Curvature):
         state["basis_failures"] = torch.tensor(float(failures))
         _log.warning("module '%s': decomposition failed (%s); the previous basis is kept", name, reason)
 
-    def _eigenbases(self, state: State) -> _Decomposed:
-        values_a, basis_a = bases.eigenbasis(state["factor_a"])
-        values_b, basis_b = bases.eigenbasis(state["factor_b"])
-        return _Decomposed({"basis_a": basis_a, "basis_b": basis_b, "values_a": values_a, "values_b": values_b}, {})
-
-    def _canonical_bases(self, u: State, v: State, group: Mapping[str, object]) -> _Decomposed:
-        root = number(group, "damping") ** 0.5
-        damped = {}
-        for key, state in (("u", u), ("v", v)):
-            a, b = state["factor_a"][0], state["factor_b"][0]
-            pi = trace_ratio(a, b)
-            damped[key] = (a + pi * root * torch.eye(len(a)).to(a), b + root / pi * torch.eye(len(b)).to(b))
-        a_u, a_v, s_a = bases.canonical_bases(damped["u"][0], damped["v"][0], u["cross_a"][0])
-        b_u, b_v, s_b = bases.canonical_bases(damped["u"][1], damped["v"][1], u["cross_b"][0])
-        return _Decomposed(
-            {"basis_a": a_u[None], "basis_b": b_u[None], "correlation_a": s_a, "correlation_b": s_b},
-            {"basis_a": a_v[None], "basis_b": b_v[None]},
-        )
-
     @abstractmethod
-    def _restart(self, state: State, partner: State | None, layout: Layout, controls: Controls, name: str) -> None:
-        """Set what lives in the new basis."""
+    def _restart(self, former: State, state: State, partner: State | None, layout: Layout) -> None:
+        """Set what lives in the new basis; ``former`` has the one before, if any."""
 
     @abstractmethod
     def _correct(
@@ -443,7 +478,10 @@ class KroneckerCurvature(Curvature):
         momentum_of: MomentumOf,
     ) -> None:
         for name, new in statistics.items():
-            controls.state[name].update(new)
+            state = controls.state[name]
+            for key in state.keys() - new.keys() - {"momentum_buffer"} if new else ():
+                del state[key]  # of a basis that is no more
+            state.update(new)
         metric = self._metric(controls, controls.state, rated=False)
         base = metric.solve(gradient)
         corrected = metric.solve(correction) if correction else {}
@@ -461,57 +499,6 @@ class KroneckerCurvature(Curvature):
             parameter.sub_(step, alpha=lr)
 
 
-@dataclass(frozen=True)
-class _Decomposed:
-    """What decomposing the factors of a layer gave, and of its partner where the two cooperate in canonical bases."""
-
-    own: State
-    partners: State
-
-    @classmethod
-    def shaped(cls, state: State, partner: State | None) -> _Decomposed:
-        """Tensors of the right shapes, for a replica that is sent the content."""
-        a, b = state["factor_a"], state["factor_b"]
-        own = {"basis_a": torch.empty_like(a), "basis_b": torch.empty_like(b)}
-        if partner is None:
-            return cls({**own, "values_a": torch.empty_like(a[..., 0]), "values_b": torch.empty_like(b[..., 0])}, {})
-        theirs = {"basis_a": torch.empty_like(partner["factor_a"]), "basis_b": torch.empty_like(partner["factor_b"])}
-        own["correlation_a"] = a.new_empty(min(a.shape[-1], theirs["basis_a"].shape[-1]))
-        own["correlation_b"] = b.new_empty(min(b.shape[-1], theirs["basis_b"].shape[-1]))
-        return cls(own, theirs)
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.own.values(), *self.partners.values()]
-
-    def filled(self, tensors: list[Tensor]) -> _Decomposed:
-        """The same names with other tensors."""
-        n = len(self.own)
-        return _Decomposed(
-            dict(zip(self.own, tensors[:n], strict=True)), dict(zip(self.partners, tensors[n:], strict=True))
-        )
-
-    def store(self, state: State, partner: State | None) -> None:
-        """Put it into the layers' statistics; under Corollary 7 both layers have the same."""
-        state.update(self.own)
-        if partner is not None:
-            partner.update(self.partners or self.own)
-
-
-@dataclass(frozen=True)
-class _Decompositions:
-    """Those of a player.
-
-    Attributes:
-        owners: layer -> the replica that makes it.
-        found: what there is; of other replicas' layers no more than the shapes.
-        reasons: layer -> why it failed here.
-    """
-
-    owners: dict[str, int]
-    found: dict[str, _Decomposed]
-    reasons: dict[str, str]
-
-
 def corollary7(
     curvature: KroneckerCurvature, u: State, layouts: list[Layout], values_GOI: Tensor, damping: float
 ) -> tuple[tuple[Coordinates, Coordinates], Tensor]:
@@ -524,6 +511,18 @@ def corollary7(
     one = Coordinates(side, basis_b, 1 / schur)
     other = Coordinates(InputSide(side.basis, layouts[1], side.by_channel), basis_b, 1 / schur)
     return (one, other), (-values_GOI / (values_GOI + damping) / schur)[0]
+
+
+def _damped(u: State, v: State, root: float) -> dict[str, Tensor]:
+    """What canonical bases of two layers are made of: the factors of each, damped by themselves, and cross factors."""
+    damped = []
+    for state in (u, v):
+        a, b = state["factor_a"][0], state["factor_b"][0]
+        pi = trace_ratio(a, b)
+        damped.append((a + pi * root * torch.eye(len(a)).to(a), b + root / pi * torch.eye(len(b)).to(b)))
+    (a_u, b_u), (a_v, b_v) = damped
+    cross = {"cross_a": u["cross_a"][0], "cross_b": u["cross_b"][0]}
+    return {"a": a_u, "b": b_u, "other_a": a_v, "other_b": b_v, **cross}
 
 
 def trace_ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class Counting:
         state_per_parameter: numbers of optimizer state a parameter.
         factors: kfac, ekfac: what factors are made of.
         factor_every, basis_every: kfac, ekfac: steps over which factors and decompositions are spread.
+        basis_work: operations of a new basis of n vectors, as a multiple of n^3.
         n_micro: micro-batches over which decompositions are spread.
     """
 
@@ -60,6 +61,7 @@ class Counting:
     factors: Factors = "unfolded"
     factor_every: int = 1
     basis_every: int = 50
+    basis_work: float = 9.0
     n_micro: int = 1
 
     def forms(self, module: nn.Module) -> bool:
@@ -396,6 +398,6 @@ def _factor_costs(part: AffineGradients, counting: Counting) -> tuple[float, int
         layer = _coordinates(part, counting)
         work += _count(lambda: layer.mean_square(part)) / counting.factor_every
     n, O = layout.channels if by_channel else layout.inputs, layout.outputs  # noqa: E741
-    decompositions = 9.0 * layout.groups * (n**3 + O**3)  # a symmetric eigendecomposition with vectors
+    decompositions = counting.basis_work * layout.groups * (n**3 + O**3)
     numbers = layout.groups * (n * n + O * O)
     return work + decompositions / (counting.basis_every * counting.n_micro), 4 * numbers

@@ -243,6 +243,7 @@ class _Run:
         if not curvature.needs_samples or not isinstance(curvature, KroneckerCurvature):
             return
         never = 2**62
+        at_once = dataclasses.replace(curvature, factor_every=1, basis_spread=False, basis_lag=0)
         shared = self.protocol.micro_batches / self.protocol.n_micro
         for index, part in enumerate(alone):
             factors, both = (
@@ -250,7 +251,7 @@ class _Run:
                     dataclasses.replace(
                         part,
                         statistics={},
-                        curvature=dataclasses.replace(curvature, factor_every=1, basis_every=every),
+                        curvature=dataclasses.replace(at_once, basis_every=every, basis_lag=every - 1),
                     ).complete_statistics
                 )
                 for every in (never, 1)

@@ -218,6 +218,7 @@ def describe(config: Config, model: nn.Module, trajectory: Trajectory, classes: 
             factors=curvature.factors,
             factor_every=curvature.factor_every,
             basis_every=curvature.basis_every,
+            basis_work=curvature.basis_work,
         )
     return Subject(trajectory, shape, counting, samples, sampled_factors)
 

@@ -157,6 +157,10 @@ class Setting:
                 return curvature.KFAC(lr=0.03, basis_every=1, fisher="sampled", momentum=momentum, weight_decay=decay)
             case "ekfac":
                 return curvature.EKFAC(lr=0.03, basis_every=1, momentum=momentum, weight_decay=decay)
+            case "ekfac-in-turn":
+                return curvature.EKFAC(lr=0.03, basis_every=4, basis_spread=True, basis_method="qr")
+            case "ekfac-ahead":
+                return curvature.EKFAC(lr=0.03, basis_every=3, basis_lag=2)
         raise ValueError(self.base)
 
     def new_optimizer(self, model: nn.Module, *, replica_groups: int = 1, plain: PlainParts | None = None) -> Optimizer:
@@ -370,4 +374,9 @@ def singled_out() -> list[Setting]:
         Setting(2, 1, 4, "digits", "sgd", momentum=0.9, dtype="float32"),
         Setting(2, 2, 4, "blocks", "adam", scope="micro_batch", metric="previous", dtype="float32"),
         Setting(4, 1, 4, "blocks", "kfac", dtype="float32"),
+        # Bases that outlast a step: none of this net's factors has directions that a batch leaves out.
+        Setting(2, 1, 4, "vit", "ekfac-in-turn"),
+        Setting(2, 2, 2, "vit", "ekfac-in-turn", metric="previous"),
+        Setting(1, 2, 1, "vit", "ekfac-ahead"),
+        Setting(2, 2, 2, "vit", "ekfac-ahead", metric="previous"),
     ]
