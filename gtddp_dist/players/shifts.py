@@ -65,7 +65,8 @@ def shifted_blocks(x_BGCS: Tensor, y_BGOS: Tensor, seen: Sequence[Phase]) -> Ite
     memory = x_BGCS.new_empty(B * G * O * size)
     for phase in seen:
         padded = _Padded.of(phase, y_BGOS.shape[3:])
-        x = padded.pixels(x_BGCS[(slice(None), slice(None), slice(None), *phase.pixels)].flatten(0, 1))
+        pixels = (slice(None), slice(None), slice(None), *phase.pixels)
+        x = padded.pixels(x_BGCS[pixels].flatten(0, 1))
         y = padded.positions(y_BGOS.flatten(0, 1))
         for (place, start), first in itertools.product(padded.starts, range(0, C, size)):
             channels = slice(first, min(C, first + size))
@@ -109,9 +110,13 @@ class _Padded:
         extent = [self.extent[0] + 1, *self.extent[1:]]  # the last element's view ends somewhat behind the last row
         x_BSC = x_BCS.new_zeros(len(x_BCS), *extent, x_BCS.shape[1])
         some = [min(size, n - before) for size, n, before in zip(self.sizes, extent, self.before, strict=True)]
-        inside = (slice(before, before + size) for before, size in zip(self.before, some, strict=True))
-        seen = (slice(size) for size in some)  # a stride may leave pixels over at the border
-        x_BSC[(slice(None), *inside)] = x_BCS[(slice(None), slice(None), *seen)].movedim(1, -1)
+        inside = (slice(None), *(slice(b, b + size) for b, size in zip(self.before, some, strict=True)))
+        seen = (
+            slice(None),
+            slice(None),
+            *(slice(size) for size in some),
+        )  # a stride may leave pixels over at the border
+        x_BSC[inside] = x_BCS[seen].movedim(1, -1)
         return x_BSC.flatten(1, -2)
 
     def positions(self, y_BOS: Tensor) -> Tensor:
