@@ -257,6 +257,8 @@ class OptimizerConfig:
     """control_hessian=replace: keep the recursion from amplifying."""
     capture: Literal["gradient", "weighted"] | None = None
     """gradient also fills p.grad; weighted skips that pass, so nothing that reads p.grad can be used."""
+    recompute: bool | None = None
+    """Keep no inputs of layers, and make them anew in the backward pass and in the step: less memory, more time."""
     emsa_weight: PositiveFloat | None = None
     """emsa: weight r of the augmentation, which keeps states and costates where they are; null: 1."""
     emsa_iterations: PositiveInt | None = None
@@ -459,6 +461,12 @@ def _grid_problems(config: Config) -> Iterator[Problem]:
             yield Problem(("parallel.cuts", "parallel.pipe"), f"{parallel.pipe} segments need {parallel.pipe - 1} cuts")
         if list(parallel.cuts) != sorted(set(parallel.cuts)):
             yield Problem(("parallel.cuts",), "expected stages in increasing order, each once")
+    if config.optimizer.recompute and parallel.pipe * parallel.data > 1:
+        yield Problem(
+            ("optimizer.recompute", "parallel.pipe", "parallel.data"),
+            "recompute is not offered on ranks: take recompute=false; more micro-batches (train.micro_batches) save "
+            "memory there, too",
+        )
     if parallel.zero and not config.optimizer.name.startswith(("sgd", "rmsprop", "adam")):
         yield Problem(
             ("parallel.zero", "optimizer.name"),

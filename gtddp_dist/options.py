@@ -39,6 +39,8 @@ class Options:
             "theorem3", "exact" or "corollary7"; None: "exact" where the curvature has cross factors, else "none".
         replace_guard: with "replace", keep the spectral radius of M H at 1 or below.
         capture: "gradient": p.grad is filled as ever; "weighted": players' gradients are formed once, weighted.
+        recompute: let the layers' inputs go after the forward pass, and make them anew, run of stages by run, in the
+            backward pass and in the step: less memory, for up to three forward passes more.
         loss_reduction: whether the step's losses add up to the "mean" over its samples, or to the "sum".
         replica_groups: replicas that this process stands for.
         clip_norm: largest norm of the whole gradient; None for no clipping.
@@ -57,6 +59,7 @@ class Options:
     cooperation: Cooperation | None = None
     replace_guard: bool = True
     capture: CaptureMode = "gradient"
+    recompute: bool = False
     loss_reduction: LossReduction = "mean"
     replica_groups: int = 1
     clip_norm: float | None = None

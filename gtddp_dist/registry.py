@@ -93,6 +93,7 @@ _GTDDP = (
     "projection",
     "replace_guard",
     "capture",
+    "recompute",
 )
 _LITERAL = tuple(dict.fromkeys(("base", "gauss_newton_weight", *_SGD, *_RMSPROP, *_ADAM, *_KRONECKER)))
 _DDPNOPT = ("gauss_newton_weight", "value_hessian", "scope", "replace_guard")

@@ -182,6 +182,8 @@ class Step:
     @in_phase("gram")
     def form(self, player: Player, samples: PlayerSamples) -> PlayerSamples:
         """S of a player where forming it pays: for the Gram matrices, and kept for all S^T w of the step."""
+        if self.options.recompute:
+            return samples
         rows = max(group.samples for group in self.groups) * self.rows
         return self.samples.keep_formed(player, self.stream, self.curvature.formed(samples, rows))
 
@@ -263,14 +265,16 @@ class Step:
     def forward(self) -> None:
         """Controls from the input to the output (Eq. 20)."""
         self.complete_statistics()
-        self.update_plain()
         phis = [torch.zeros(g.samples * self.rows, dtype=torch.float64, device=self.device) for g in self.groups]
         if self.options.feedback and self.options.rollout == "nonlinear":
+            self.update_plain()
             _, phis = self.roll_out([m.live[0] for m in self.samples.micro_batches], phis)
         else:
             phis = self.feedback(phis)
             for player in self.trajectory.players:
+                self.samples.recall(player)
                 self.act(player, *self.collect(player))
+            self.update_plain()  # last: a stage that is made anew is what it was
         self.facts.finish(self.groups, phis, self.options)
 
     @in_phase("curvature")
@@ -347,6 +351,7 @@ class Step:
         with unchanged_buffers(self.model):
             for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
                 self._decide(player, phis)
+                self.samples.recall(player)
                 self.act(player, *(self._summed(part) for part in self.collect(player)))
                 moved = []
                 for micro_batch, live in zip(self.samples.micro_batches, lives, strict=True):

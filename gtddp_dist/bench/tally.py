@@ -5,6 +5,7 @@ Only tensors that torch's dispatcher sees count; memory that a kernel takes for 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -56,6 +57,16 @@ class Tally(TorchDispatchMode):
         self.alive -= size
 
 
+class _NoModules(contextlib.AbstractContextManager[None]):
+    """In place of torch's tracker of the modules that operations belong to: its hooks keep what activation
+    checkpointing makes anew alive until the garbage collector comes."""
+
+    parents = frozenset({"Global"})
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a piece of work took.
@@ -76,8 +87,10 @@ def counted(work: Callable[[], object]) -> Counts:
     """Does the work, and counts it; the garbage collector, whose time is chance, is off meanwhile."""
     gc.collect()
     gc.disable()
+    counter = flop_counter()
+    counter.mod_tracker = _NoModules()
     try:
-        with Tally() as tally, flop_counter() as counter:
+        with Tally() as tally, counter:
             work()
     finally:
         gc.enable()
