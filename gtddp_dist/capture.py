@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .buffers import copy_buffers
 from .errors import ModelError
 from .phases import phase
-from .players import SampleGradients, prepare, sample_gradients
+from .players import Budget, SampleGradients, prepare, sample_gradients, within
 from .recompute import Anew, runs_of
 from .trajectory import LiveValue, Trajectory, floating_tensors
 
@@ -125,6 +125,7 @@ class Capture:
         recompute: run it in runs of stages, and make what they have made anew where it is needed.
         skip_weight_grads: players' parameters get no ``grad`` (their weighted gradient is formed later, once).
         cotangents: streams besides the loss gradient: what makes their cotangents from the model's output.
+        gram_memory: megabytes that forming S may take; None: as many as it takes.
         forms: whether S of a module is formed as soon as its derivative is there.
     """
 
@@ -137,6 +138,7 @@ class Capture:
         recompute: bool,
         skip_weight_grads: bool,
         cotangents: Mapping[Stream, Cotangents],
+        gram_memory: float | None,
         forms: Callable[[SampleGradients], bool],
     ) -> None:
         self.model = model
@@ -144,6 +146,7 @@ class Capture:
         self.keep_states = keep_states
         self.skip_weight_grads = skip_weight_grads
         self.cotangents = cotangents
+        self.gram_memory = gram_memory
         self._forms = forms
         self._player_of = {m: player for player in trajectory.players for m in player.modules.values()}
         self.names = {m: n for player in trajectory.players for n, m in player.modules.items()}
@@ -204,10 +207,15 @@ class Capture:
             recompute=False,
             skip_weight_grads=False,
             cotangents={},
+            gram_memory=None,
             forms=self._forms,
         )
         copied.names = {}
         return copied
+
+    def new_budget(self) -> Budget | None:
+        """An unused one."""
+        return None if self.gram_memory is None else Budget(self.gram_memory)
 
     def take(self) -> list[MicroBatch]:
         """The micro-batches since the last call, in order of their backward passes; forgets them."""
@@ -320,8 +328,9 @@ class Capture:
                 f"a second backward pass reached module '{self.names[module]}', whose data were let go after the "
                 "first: call the first one with retain_graph=True, or add up the losses"
             )
-        if not self._forms(sample_gradients(module, inputs, grad)):
-            return grad
+        with within(self.new_budget()):
+            if not self._forms(sample_gradients(module, inputs, grad)):
+                return grad
         dtype = next(module.parameters(recurse=False)).dtype
         with (
             torch.no_grad(),
@@ -329,7 +338,8 @@ class Capture:
             phase("gram", self._player_of[module]),
         ):
             x, y = prepare(module, inputs.to(dtype)), grad.to(dtype)
-            made = sample_gradients(module, x, y).per_sample()
+            with within(self.new_budget()):
+                made = sample_gradients(module, x, y).formed_at_once()
             known = micro_batch.formed.setdefault(stream, {}).get(module)
             if known is not None:
                 made = {name: known[name] + each for name, each in made.items()}
@@ -402,9 +412,9 @@ class Capture:
             return type(self.model).forward(self.model, *args, **kwargs)
         if self.trajectory.only_training and not all(module.training for module in self.model.modules()):
             raise ModelError(
-                f"the forward pass depends on training mode at {self.trajectory.only_training}, and a part of the model "
-                "is in evaluation mode: the nonlinear rollout and recompute run what was traced in training mode. Use a "
-                "module there that knows its mode by itself, such as nn.Dropout"
+                f"the forward pass depends on training mode at {self.trajectory.only_training}, and a part of "
+                "the model is in evaluation mode: the nonlinear rollout and recompute run what was traced in training "
+                "mode. Use a module there that knows its mode by itself, such as nn.Dropout"
             )
         micro_batch, live = self._open, self.trajectory.bind(*args, **kwargs)
         for run in self.runs or [range(self._last_cut)]:

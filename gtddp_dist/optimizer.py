@@ -125,6 +125,12 @@ class GTDDP(torch.optim.Optimizer):
         """Of which modules per-sample gradients are formed in the backward pass, where that takes less memory and no
         more time. Ranks form those of norms alone: others wait for their backward passes."""
         self._check_recompute(inspect)
+        if self.options.gram_memory is not None and self.curvature.needs_samples:
+            raise OptionError(
+                f"gram_memory={self.options.gram_memory!r} is for SGD, RMSprop, Adam and AdamW: "
+                f"{type(self.curvature).__name__} needs all of a layer's inputs, rotated; take gram_memory=None and a "
+                "smaller scope"
+            )
         self._grad_scaler = grad_scaler
         self._inspect = inspect
         self._inspector: Inspector | None = None
@@ -137,6 +143,7 @@ class GTDDP(torch.optim.Optimizer):
             recompute=self.options.recompute,
             skip_weight_grads=self.options.capture == "weighted",
             cotangents=self._cotangents(),
+            gram_memory=self.options.gram_memory,
             forms=self._forms,
         )
         for player in self.trajectory.players:
@@ -278,6 +285,7 @@ class GTDDP(torch.optim.Optimizer):
             self._device,
             ranks,
             inspect=self._inspect,
+            budget=self._capture.new_budget(),
         )
 
     @property

@@ -169,12 +169,11 @@ def peak_bytes(recompute: bool) -> int:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
+    """Of 26 stages of 256 KB each: 25 output gradients, what goes into 6 runs, and one run's five stages twice."""
     step()
     return counted(step).peak_bytes
 
-
-def test_memory_is_that_of_the_output_gradients_and_of_one_run() -> None:
-    """Of 26 stages of 256 KB each, inputs: 25 output gradients, what goes into 6 runs, and one run's five stages twice."""
+    """Of 26 stages of 256 KB each: 25 output gradients, what goes into 6 runs, and one run's five stages twice."""
     kept, anew = peak_bytes(False), peak_bytes(True)
     tensor = 64 * 16 * 64 * 4
     assert kept > 50 * tensor
@@ -216,7 +215,7 @@ class InPlace(nn.Module):
 
 
 def test_what_cannot_be_taken_is_refused() -> None:
-    with pytest.raises(OptionError, match="recompute=True and inspect=True.*recompute=False"):
+    with pytest.raises(OptionError, match=r"recompute=True and inspect=True.*recompute=False"):
         GTDDP(Deep(), curvature.SGD(lr=0.1), recompute=True, inspect=True)
     with pytest.raises(OptionError, match=r"parameter 'stem.weight' belongs to no player.*rollout='linear'"):
         GTDDP(Deep(), curvature.SGD(lr=0.1), recompute=True, rollout="nonlinear", plain_modules=["stem"])

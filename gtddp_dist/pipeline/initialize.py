@@ -109,6 +109,10 @@ class Engine:
                     "recompute=True is not offered on ranks: take recompute=False; more micro-batches save memory "
                     "there, too"
                 )
+            if self.optimizer.options.gram_memory is not None:
+                raise OptionError(
+                    "gram_memory is not offered on ranks: take gram_memory=None, and a smaller micro-batch or scope"
+                )
             self.optimizer.forms_early = "norms"  # what waits for no other rank is done when ranks wait
         if zero and grid.shape.data > 1:
             self.optimizer = shared_out(self.optimizer, grid)
