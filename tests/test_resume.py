@@ -115,8 +115,17 @@ def assert_equal_runs(run_dir: str, expected_dir: str) -> None:
         # Bases made at steps 0, 8 and 16, factors every other step: the stop at 10 is between two of each.
         ["optimizer.name=gtddp-ekfac", "optimizer.basis_every=8", "optimizer.factor_every=2", "optimizer.momentum=0.5"],
         ["optimizer.name=gt-kfac", "optimizer.basis_every=8", "optimizer.fisher=sampled"],
+        ["optimizer.name=gtddp-sgd", "optimizer.recompute=true", "train.channels_last=true", "optimizer.momentum=0.9"],
     ],
-    ids=["adam", "momentum-cosine-batchnorm", "gtddp-adam", "gtddp-sgd-sampled", "gtddp-ekfac", "gt-kfac-sampled"],
+    ids=[
+        "adam",
+        "momentum-cosine-batchnorm",
+        "gtddp-adam",
+        "gtddp-sgd-sampled",
+        "gtddp-ekfac",
+        "gt-kfac-sampled",
+        "channels-last-recompute",
+    ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(dtype: str, overrides: list[str]) -> None:
     options = [f"train.dtype={dtype}", *overrides]
