@@ -465,6 +465,12 @@ def _grid_problems(config: Config) -> Iterator[Problem]:
             yield Problem(("parallel.cuts", "parallel.pipe"), f"{parallel.pipe} segments need {parallel.pipe - 1} cuts")
         if list(parallel.cuts) != sorted(set(parallel.cuts)):
             yield Problem(("parallel.cuts",), "expected stages in increasing order, each once")
+    if config.train.channels_last and parallel.pipe * parallel.data > 1:
+        yield Problem(
+            ("train.channels_last", "parallel.pipe", "parallel.data"),
+            "DeepSpeed's engine sends weights as they lie in memory, and takes no other layout than torch's own: "
+            "take train.channels_last=false on ranks",
+        )
     if config.optimizer.gram_memory is not None and parallel.pipe * parallel.data > 1:
         yield Problem(
             ("optimizer.gram_memory", "parallel.pipe", "parallel.data"),

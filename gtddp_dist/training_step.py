@@ -47,7 +47,9 @@ class Precision:
 
 def laid_out(model: nn.Module, config: TrainConfig) -> nn.Module:
     """The model with the memory layout of `train.channels_last`, which a convolution's output has from its weights."""
-    return model.to(memory_format=torch.channels_last) if config.channels_last else model
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own types
+    return model
 
 
 @dataclass(frozen=True)

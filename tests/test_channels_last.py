@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gtddp_dist.bench.single import Contender, batch
 from gtddp_dist.config import load_config
+from gtddp_dist.errors import ConfigError
 from gtddp_dist.players import AffineGradients, GramPath, sample_gradients
 from gtddp_dist.players.conv import SHIFTED_CHANNELS, SHIFTED_POSITIONS
 
@@ -35,7 +36,7 @@ def test_products_of_per_sample_gradients(name: str, last: tuple[bool, bool]) ->
     if name in ("shifted", "groups"):
         assert y[0, 0].numel() >= SHIFTED_POSITIONS
     laid = [z.contiguous(memory_format=LAST) if each else z for z, each in zip((x, y), last, strict=True)]
-    one, other = (cast(AffineGradients, sample_gradients(module, *each, 0.5)) for each in ((x, y), laid))
+    one, other = (cast(AffineGradients, sample_gradients(module, *each, 0.5)) for each in ((x, y), (laid[0], laid[1])))
     weights = torch.randn(4, dtype=torch.float64)
     direction = {n: torch.randn_like(p.detach()) for n, p in one.controls.items()}
     diagonal = {n: torch.rand_like(p.detach()) for n, p in one.controls.items()}
@@ -104,3 +105,8 @@ def trained(name: str, channels_last: bool, *options: str) -> Tensor:
 def test_steps(name: str, options: tuple[str, ...]) -> None:
     expected, found = (trained(name, last, *options) for last in (False, True))
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_not_on_ranks() -> None:
+    with pytest.raises(ConfigError, match=r"take train\.channels_last=false on ranks"):
+        load_config("digits", ["train.channels_last=true", "parallel.data=2"])

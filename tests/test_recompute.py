@@ -28,6 +28,8 @@ BASES = {
 class Counting(nn.Module):
     """Scales by a buffer that it changes: run again with what the buffer has become, it would give other numbers."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.ones((), dtype=torch.float64))
@@ -169,10 +171,11 @@ def peak_bytes(recompute: bool) -> int:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    """Of 26 stages of 256 KB each: 25 output gradients, what goes into 6 runs, and one run's five stages twice."""
     step()
     return counted(step).peak_bytes
 
+
+def test_memory_is_that_of_the_output_gradients_and_of_one_run() -> None:
     """Of 26 stages of 256 KB each: 25 output gradients, what goes into 6 runs, and one run's five stages twice."""
     kept, anew = peak_bytes(False), peak_bytes(True)
     tensor = 64 * 16 * 64 * 4

@@ -5,16 +5,17 @@ Only tensors that torch's dispatcher sees count; memory that a kernel takes for 
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
 
 from ..pipeline.counting import flop_counter
 
@@ -57,11 +58,12 @@ class Tally(TorchDispatchMode):
         self.alive -= size
 
 
-class _NoModules(contextlib.AbstractContextManager[None]):
-    """In place of torch's tracker of the modules that operations belong to: its hooks keep what activation
-    checkpointing makes anew alive until the garbage collector comes."""
+class _NoModules(ModuleTracker):
+    """Does not track which module an operation belongs to: the hooks for it keep what activation checkpointing makes
+    anew alive until the garbage collector comes."""
 
-    parents = frozenset({"Global"})
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *error: object) -> None:
         pass
