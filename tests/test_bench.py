@@ -393,7 +393,7 @@ def test_the_job_script_needs_slurm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "gtddp-sgd", "gtddp-adam", "gtddp-ekfac"])
 def test_contenders_run_under_autocast(name: str) -> None:
-    """With train.dtype=bfloat16 convolutions run in it, weights stay in float32, and the step is nearly that of float32."""
+    """With train.dtype=bfloat16 convolutions run in it, weights stay in float32, and the step is nearly the same."""
     moves = []
     for dtype in ("float32", "bfloat16"):
         words = (*SMALL, "train.batch_size=8", "optimizer.scope=4", "optimizer.lr=0.1", f"train.dtype={dtype}")

@@ -9,7 +9,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ class _NoModules(ModuleTracker):
     """Does not track which module an operation belongs to: the hooks for it keep what activation checkpointing makes
     anew alive until the garbage collector comes."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ModuleTracker:
         return self
 
     def __exit__(self, *error: object) -> None:
