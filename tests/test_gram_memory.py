@@ -125,6 +125,27 @@ def test_steps_are_the_same(name: str, base: curvature.Curvature, options: dict[
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+def beyond_captured(gram_memory: float | None) -> int:
+    """Bytes that a step makes at once, of a network whose layers' gradients are all kept without a budget."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(16, 16, 3, padding=1), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 3))
+    options: dict[str, Any] = {"gram_memory": gram_memory, "capture": "weighted"}
+    optimizer = GTDDP(model, curvature.SGD(lr=0.01), gauss_newton_weight=0.1, **options)
+    with Tally() as tally:
+        F.cross_entropy(model(torch.randn(32, 16, 8, 8)), torch.arange(32) % 3).backward()
+        before = tally.peak = tally.alive
+        optimizer.step()
+    return tally.peak - before
+
+
+def test_what_a_step_takes_beyond_what_was_captured() -> None:
+    activation = 32 * 16 * 64 * 4
+    others = 2 * activation + 10 * 32 * 32 * 8 * 7  # a weighted layer, and the matrices of the recursion
+    assert beyond_captured(0.8) < 0.8e6 + others
+    assert beyond_captured(None) > 1.5 * (0.8e6 + others)
+
+
 def test_an_impossible_budget_names_the_smallest_possible() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
