@@ -3,6 +3,7 @@
 Every forward pass in training mode opens a micro-batch. For each player's module it keeps the input (which autograd
 keeps anyway) and, on the way back, the derivative of the loss with respect to the module's output. Where the states
 at the cuts are needed (nonlinear rollout, inspection), the model's forward runs stage by stage and keeps these too.
+With `recompute` it runs in runs of stages, and inputs are made anew, a run at a time, whenever they are needed.
 
 A micro-batch counts once a backward pass has reached it; a forward without one leaves nothing behind.
 """
@@ -19,11 +20,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from .buffers import copy_buffers
 from .errors import ModelError
 from .phases import phase
-from .players import SampleGradients, prepare, sample_gradients
+from .players import Budget, SampleGradients, prepare, sample_gradients, within
+from .recompute import Anew, runs_of
 from .trajectory import LiveValue, Trajectory, floating_tensors
 
 Cotangents = Callable[[Tensor, int], Tensor]
@@ -40,13 +44,18 @@ class MicroBatch:
 
     Attributes:
         samples: how many samples it had.
-        inputs: module -> its input, detached.
+        inputs: module -> its input, detached; only sums over each row where it was let go.
         derivatives: for each stream, place -> derivative; its rows are the samples, or K of them for each sample.
         formed: for each stream, module -> S by parameter name, but for the loss's factor, where it was formed at once.
             Of the module's derivative only sums over each row are kept then: they tell whether all was finite.
-        let_go: modules of whose input, too, only sums over each row are left.
-        live: for each cut, its live values, detached; empty unless states are kept.
-        versions: for each cut, the version counters of its live tensors when they were kept.
+        let_go: modules whose input was let go for good.
+        live: cut -> its live values, detached: of all cuts where states are kept, of those between runs where these are
+            recomputed (and of those inside the run that the step is at, where both are so).
+        versions: cut -> the version counters of its live tensors when they were kept.
+        anew: module -> its input, of those of the run that was made anew last.
+        run: number of the run that the step has made anew last; None for none.
+        contexts: with `recompute`, of the start of every run.
+        buffers: with `recompute`, what the model's buffers were at the start.
         context: autocast and random state of the forward pass, to run it again; None unless states are kept.
         edges: where in the graph curvature cotangents are to be known, until they are.
     """
@@ -56,10 +65,14 @@ class MicroBatch:
     derivatives: dict[Stream, dict[Place, Tensor]] = field(default_factory=lambda: {"gradient": {}})
     formed: dict[Stream, dict[nn.Module, dict[str, Tensor]]] = field(default_factory=dict)
     let_go: set[nn.Module] = field(default_factory=set)
-    live: list[tuple[LiveValue, ...]] = field(default_factory=list)
-    versions: list[list[int]] = field(default_factory=list)
+    live: dict[int, tuple[LiveValue, ...]] = field(default_factory=dict)
+    versions: dict[int, list[int]] = field(default_factory=dict)
     context: ForwardContext | None = None
     edges: dict[Place, GradientEdge] = field(default_factory=dict)
+    anew: dict[nn.Module, Tensor] = field(default_factory=dict)
+    run: int | None = None
+    contexts: list[ForwardContext] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -109,8 +122,10 @@ class Capture:
         model: the model.
         trajectory: its stages.
         keep_states: run the forward stage by stage and keep live values and their derivatives.
+        recompute: run it in runs of stages, and make what they have made anew where it is needed.
         skip_weight_grads: players' parameters get no ``grad`` (their weighted gradient is formed later, once).
         cotangents: streams besides the loss gradient: what makes their cotangents from the model's output.
+        gram_memory: megabytes that forming S may take; None: as many as it takes.
         forms: whether S of a module is formed as soon as its derivative is there.
     """
 
@@ -120,8 +135,10 @@ class Capture:
         trajectory: Trajectory,
         *,
         keep_states: bool,
+        recompute: bool,
         skip_weight_grads: bool,
         cotangents: Mapping[Stream, Cotangents],
+        gram_memory: float | None,
         forms: Callable[[SampleGradients], bool],
     ) -> None:
         self.model = model
@@ -129,12 +146,25 @@ class Capture:
         self.keep_states = keep_states
         self.skip_weight_grads = skip_weight_grads
         self.cotangents = cotangents
+        self.gram_memory = gram_memory
         self._forms = forms
         self._player_of = {m: player for player in trajectory.players for m in player.modules.values()}
         self.names = {m: n for player in trajectory.players for n, m in player.modules.items()}
+        self.runs = runs_of(len(trajectory.stages)) if recompute else []
+        self._last_cut = len(trajectory.stages)
+        kept = {run.start for run in self.runs} if recompute else set(range(self._last_cut if keep_states else 0))
+        self._kept_cuts = kept | ({self._last_cut} if keep_states else set())
+        self._run_of = {
+            module: number
+            for number, run in enumerate(self.runs)
+            for stage in run
+            for module in trajectory.stages[stage].player.modules.values()
+        }
         self.attached = False
         self._micro_batches: list[MicroBatch] = []
         self._open: MicroBatch | None = None
+        self._anew: MicroBatch | None = None
+        """That of a run which is being made anew."""
         self.latest: MicroBatch | None = None
         """That of the latest forward pass that counts."""
         self._samples_seen = 0
@@ -154,7 +184,7 @@ class Capture:
                 self._handles.append(module.register_forward_pre_hook(self._hide_parameters))
             self._handles.append(module.register_forward_hook(self._after_module))
         self._handles.append(self.model.register_forward_hook(self._after_forward, always_call=True))
-        if self.keep_states:
+        if self.keep_states or self.runs:
             self.model.forward = self._staged_forward
         self.attached = True
 
@@ -163,7 +193,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self.keep_states:
+        if self.keep_states or self.runs:
             self.model.__dict__.pop("forward", None)
         self.attached = False
         self.clear()
@@ -174,16 +204,23 @@ class Capture:
             copy.deepcopy(self.model, memo),
             self.trajectory,
             keep_states=False,
+            recompute=False,
             skip_weight_grads=False,
             cotangents={},
+            gram_memory=None,
             forms=self._forms,
         )
         copied.names = {}
         return copied
 
+    def new_budget(self) -> Budget | None:
+        """An unused one."""
+        return None if self.gram_memory is None else Budget(self.gram_memory)
+
     def take(self) -> list[MicroBatch]:
         """The micro-batches since the last call, in order of their backward passes; forgets them."""
         taken = self._micro_batches
+        self._forget_anew(taken)
         self.clear()
         return taken
 
@@ -204,12 +241,15 @@ class Capture:
 
     def _before_forward(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         self._open = None
+        self._forget_anew(self._micro_batches)
         if not (self.attached and model.training and torch.is_grad_enabled()):
             return
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
         if not tensors:
             raise ModelError("the model was called without a tensor argument: the number of samples is unknown")
         self.latest = self._open = MicroBatch(tensors[0].shape[0])
+        if self.runs:
+            self._open.buffers = copy_buffers(model)
         if self.keep_states:
             self._open.context = ForwardContext.now(tensors[0].device)
         elif self.cotangents and not self.trajectory.first:
@@ -218,7 +258,7 @@ class Capture:
 
     def _hide_parameters(self, module: nn.Module, args: object) -> None:
         """The module's weight gradient is formed later, weighted: autograd need not form the plain one."""
-        if self._open is not None:
+        if self._open is not None or self._anew is not None:
             self._hidden[module] = [p for p in module.parameters(recurse=False) if p.requires_grad]
             for parameter in self._hidden[module]:
                 parameter.requires_grad_(False)
@@ -229,6 +269,10 @@ class Capture:
 
     def _after_module(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         self._show_parameters(module)
+        if self._anew is not None:
+            self._keep_anew(self._anew, module, args[0])
+            required = self.skip_weight_grads and torch.is_grad_enabled() and not output.requires_grad
+            return self._requiring(output) if required else None  # as in the forward pass
         micro_batch = self._open
         if micro_batch is None:
             return None
@@ -243,13 +287,17 @@ class Capture:
                 f"module '{name}' saw {output.shape[0]} rows where the batch has {micro_batch.samples} samples: "
                 f"samples must stay in dimension 0; else name it in plain_modules=['{name}']"
             )
-        micro_batch.inputs[module] = args[0].detach()
+        micro_batch.inputs[module] = _row_sums(args[0]) if self.runs else args[0].detach()
         if not output.requires_grad:
             if not self.skip_weight_grads:
                 return None  # a frozen control; the step says so
-            output = _Require.apply(output, self._anchor.to(output.device))
+            output = self._requiring(output)
         self._watch(micro_batch, module, output)
         return output
+
+    def _requiring(self, output: Tensor) -> Tensor:
+        required: Tensor = _Require.apply(output, self._anchor.to(output.device))
+        return required
 
     def _watch(self, micro_batch: MicroBatch, place: Place, tensor: Tensor) -> None:
         def keep(grad: Tensor) -> None:
@@ -259,6 +307,7 @@ class Capture:
                 self._micro_batches.append(micro_batch)
             if isinstance(place, nn.Module):
                 grad = self._form(micro_batch, "gradient", place, grad)
+                micro_batch.anew.pop(place, None)  # another backward pass makes it anew
                 if not self.cotangents and place in micro_batch.formed.get("gradient", {}):
                     self._let_go(micro_batch, place)
             derivatives = micro_batch.derivatives["gradient"]
@@ -271,14 +320,17 @@ class Capture:
 
     def _form(self, micro_batch: MicroBatch, stream: Stream, module: nn.Module, grad: Tensor) -> Tensor:
         """Form S of a module where that is best done now; what is kept of the derivative."""
-        inputs = micro_batch.inputs[module]
+        if self.runs and module not in micro_batch.anew:
+            return grad  # nothing behind it has had autograd make the run anew yet
+        inputs = micro_batch.anew[module] if self.runs else micro_batch.inputs[module]
         if module in micro_batch.let_go:
             raise ModelError(
                 f"a second backward pass reached module '{self.names[module]}', whose data were let go after the "
                 "first: call the first one with retain_graph=True, or add up the losses"
             )
-        if not self._forms(sample_gradients(module, inputs, grad)):
-            return grad
+        with within(self.new_budget()):
+            if not self._forms(sample_gradients(module, inputs, grad)):
+                return grad
         dtype = next(module.parameters(recurse=False)).dtype
         with (
             torch.no_grad(),
@@ -286,7 +338,8 @@ class Capture:
             phase("gram", self._player_of[module]),
         ):
             x, y = prepare(module, inputs.to(dtype)), grad.to(dtype)
-            made = sample_gradients(module, x, y).per_sample()
+            with within(self.new_budget()):
+                made = sample_gradients(module, x, y).formed_at_once()
             known = micro_batch.formed.setdefault(stream, {}).get(module)
             if known is not None:
                 made = {name: known[name] + each for name, each in made.items()}
@@ -295,7 +348,7 @@ class Capture:
 
     def _let_go(self, micro_batch: MicroBatch, module: nn.Module) -> None:
         """Free a module's input, unless there may be another backward pass through the same graph."""
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not self.runs and not torch._C._autograd._get_current_graph_task_keep_graph():
             micro_batch.inputs[module] = _row_sums(micro_batch.inputs[module])
             micro_batch.let_go.add(module)
 
@@ -305,13 +358,7 @@ class Capture:
         micro_batch, self._open = self._open, None
         if micro_batch is None or output is None:
             return
-        for cut, (live, versions) in enumerate(zip(micro_batch.live, micro_batch.versions, strict=True)):
-            for (position, tensor), version in zip(floating_tensors(live), versions, strict=True):
-                if tensor._version != version:
-                    raise ModelError(
-                        f"live tensor '{self._live_name(cut, position)}' at cut {cut} was changed in place by a later "
-                        "stage; the nonlinear rollout still needs it: use inplace=False there"
-                    )
+        self._check_versions(micro_batch)
         if self.trajectory.last and self.cotangents:
             for stream, make in self.cotangents.items():
                 if not isinstance(output, Tensor) or output.ndim != 2:
@@ -366,16 +413,51 @@ class Capture:
         if self.trajectory.only_training and not all(module.training for module in self.model.modules()):
             raise ModelError(
                 f"the forward pass depends on training mode at {self.trajectory.only_training}, and a part of "
-                "the model is in evaluation mode: the nonlinear rollout runs what was traced in training mode. Use a "
-                "module there that knows its mode by itself, such as nn.Dropout"
+                "the model is in evaluation mode: the nonlinear rollout and recompute run what was traced in training "
+                "mode. Use a module there that knows its mode by itself, such as nn.Dropout"
             )
-        live = self.trajectory.bind(*args, **kwargs)
-        for cut, stage in enumerate(self.trajectory.stages):
-            live = stage.run(self._keep_live(self._open, cut, live))
-        return self.trajectory.assemble(self._keep_live(self._open, len(self.trajectory.stages), live))
+        micro_batch, live = self._open, self.trajectory.bind(*args, **kwargs)
+        for run in self.runs or [range(self._last_cut)]:
+            live = self._arrived(micro_batch, run.start, live)
+            live = self._checkpointed(micro_batch, run, live) if self.runs else self._through(micro_batch, run, *live)
+        return self.trajectory.assemble(self._arrived(micro_batch, self._last_cut, live))
 
-    def _keep_live(self, micro_batch: MicroBatch, cut: int, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
-        """Keep a cut's live values, and see to it that the derivatives to come are those of later stages alone."""
+    def _checkpointed(self, micro_batch: MicroBatch, run: range, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
+        """A run in the forward pass, of which autograd keeps nothing but what goes in."""
+        again = self._again(micro_batch)
+        micro_batch.contexts.append(ForwardContext.now(next(self.model.parameters()).device))
+        after: tuple[LiveValue, ...] = checkpoint(
+            self._through,
+            micro_batch,
+            run,
+            *live,
+            use_reentrant=False,
+            early_stop=False,  # a layer's input is known when the layer has run, not when autograd has all it wants
+            context_fn=lambda: (contextlib.nullcontext(), again),
+        )
+        return after
+
+    def _through(self, micro_batch: MicroBatch, run: range, *live: LiveValue) -> tuple[LiveValue, ...]:
+        """The stages of a run, in the forward pass or anew."""
+        for cut in run:
+            live = live if cut == run.start else self._arrived(micro_batch, cut, live)
+            live = self.trajectory.stages[cut].run(live)
+        return live
+
+    def _arrived(self, micro_batch: MicroBatch, cut: int, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
+        """At a cut: what is kept of it; the live values that go on."""
+        if self._anew is None:
+            live = self._watched(micro_batch, cut, live) if self.keep_states else live
+            keeps = cut in self._kept_cuts
+        else:
+            keeps = self.keep_states and not torch.is_grad_enabled()  # for the step, not for autograd
+        if keeps:
+            micro_batch.live[cut] = tuple(v.detach() if isinstance(v, Tensor) else v for v in live)
+            micro_batch.versions[cut] = [tensor._version for _, tensor in floating_tensors(live)]
+        return live
+
+    def _watched(self, micro_batch: MicroBatch, cut: int, live: tuple[LiveValue, ...]) -> tuple[LiveValue, ...]:
+        """Live values of which the derivatives to come are those of later stages alone."""
         passed = list(live)
         for position, tensor in floating_tensors(live):
             if tensor.requires_grad:
@@ -388,9 +470,74 @@ class Capture:
                 identity = tensor.view_as(tensor)
                 self._watch(micro_batch, (cut, position), identity)
                 passed[position] = identity
-        micro_batch.live.append(tuple(v.detach() if isinstance(v, Tensor) else v for v in passed))
-        micro_batch.versions.append([tensor._version for _, tensor in floating_tensors(passed)])
         return tuple(passed)
+
+    def _check_versions(self, micro_batch: MicroBatch) -> None:
+        for cut, versions in micro_batch.versions.items():
+            for (position, tensor), version in zip(floating_tensors(micro_batch.live[cut]), versions, strict=True):
+                if tensor._version != version:
+                    raise ModelError(
+                        f"live tensor '{self._live_name(cut, position)}' at cut {cut} was changed in place by a later "
+                        "stage; the nonlinear rollout, or recompute, still needs it: use inplace=False there"
+                    )
+
+    # ------------------------------------------------------------------------------------------------------
+    # Runs made anew
+
+    def inputs(self, micro_batches: Sequence[MicroBatch], module: nn.Module) -> list[Tensor]:
+        """The module's input in each; with `recompute`, its whole run is made anew, and the one before is let go."""
+        self.recall(micro_batches, module)
+        return [(m.anew if self.runs else m.inputs)[module] for m in micro_batches]
+
+    def recall(self, micro_batches: Sequence[MicroBatch], module: nn.Module) -> None:
+        """With `recompute`, have the inputs, and where states are kept the live values, of the module's run there: as
+        far as the step needs them, and before any control of the run changes."""
+        number = self._run_of.get(module)
+        if number is None:
+            return
+        modules = [module for module, run in self._run_of.items() if run == number]
+        stale = [
+            m
+            for m in micro_batches
+            if m.run != number and (self.keep_states or any(self._lacks(m, o) for o in modules))
+        ]
+        self._forget_anew(stale)  # of all of them first
+        for micro_batch in stale:
+            run, context = self.runs[number], copy.copy(micro_batch.contexts[number])
+            with phase("recompute"), torch.no_grad(), context.again(), self._again(micro_batch):
+                self._through(micro_batch, run, *micro_batch.live[run.start])
+            micro_batch.run = number
+            self._check_versions(micro_batch)
+
+    def _again(self, micro_batch: MicroBatch) -> Anew:
+        def enter() -> None:
+            self._forget_anew([micro_batch])
+            self._anew = micro_batch
+
+        def leave() -> None:
+            self._anew = None
+            for module in list(self._hidden):  # it stopped half-way with an error
+                self._show_parameters(module)
+
+        return Anew(self.model, micro_batch.buffers, enter, leave)
+
+    def _keep_anew(self, micro_batch: MicroBatch, module: nn.Module, inputs: Tensor) -> None:
+        if torch.is_grad_enabled() or self._lacks(micro_batch, module):
+            micro_batch.anew[module] = inputs.detach()
+
+    def _lacks(self, micro_batch: MicroBatch, module: nn.Module) -> bool:
+        """Whether the step needs the module's input, S not being formed already."""
+        return bool(self.cotangents) or module not in micro_batch.formed.get("gradient", {})
+
+    def _forget_anew(self, micro_batches: Sequence[MicroBatch]) -> None:
+        for micro_batch in micro_batches:
+            micro_batch.anew.clear()
+            if micro_batch.run is not None:
+                for cut in self.runs[micro_batch.run]:
+                    if cut not in self._kept_cuts:
+                        micro_batch.live.pop(cut, None)
+                        micro_batch.versions.pop(cut, None)
+            micro_batch.run = None
 
     def _live_name(self, cut: int, position: int) -> str:
         stages = self.trajectory.stages

@@ -79,6 +79,8 @@ class TrainConfig:
     """Seed of initial weights, data order and every other random number."""
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = "float32"
     """Arithmetic; bfloat16 and float16 keep float32 weights under autocast, float16 with loss scaling."""
+    channels_last: bool = False
+    """Weights and activations of 2d convolutions with channels last in memory; the same numbers, faster on GPUs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: the GPU where there is one."""
     threads: PositiveInt | None = None
@@ -264,6 +266,10 @@ class OptimizerConfig:
     """control_hessian=replace: keep the recursion from amplifying."""
     capture: Literal["gradient", "weighted"] | None = None
     """gradient also fills p.grad; weighted skips that pass, so nothing that reads p.grad can be used."""
+    recompute: bool | None = None
+    """Keep no inputs of layers, and make them anew in the backward pass and in the step: less memory, more time."""
+    gram_memory: PositiveFloat | None = None
+    """gtddp-sgd, -rmsprop, -adam, -adamw: megabytes for per-sample gradients; null: layers go the fastest way."""
     emsa_weight: PositiveFloat | None = None
     """emsa: weight r of the augmentation, which keeps states and costates where they are; null: 1."""
     emsa_iterations: PositiveInt | None = None
@@ -466,6 +472,23 @@ def _grid_problems(config: Config) -> Iterator[Problem]:
             yield Problem(("parallel.cuts", "parallel.pipe"), f"{parallel.pipe} segments need {parallel.pipe - 1} cuts")
         if list(parallel.cuts) != sorted(set(parallel.cuts)):
             yield Problem(("parallel.cuts",), "expected stages in increasing order, each once")
+    if config.train.channels_last and parallel.pipe * parallel.data > 1:
+        yield Problem(
+            ("train.channels_last", "parallel.pipe", "parallel.data"),
+            "DeepSpeed's engine sends weights as they lie in memory, and takes no other layout than torch's own: "
+            "take train.channels_last=false on ranks",
+        )
+    if config.optimizer.gram_memory is not None and parallel.pipe * parallel.data > 1:
+        yield Problem(
+            ("optimizer.gram_memory", "parallel.pipe", "parallel.data"),
+            "gram_memory is not offered on ranks: take null, and a smaller micro-batch or scope",
+        )
+    if config.optimizer.recompute and parallel.pipe * parallel.data > 1:
+        yield Problem(
+            ("optimizer.recompute", "parallel.pipe", "parallel.data"),
+            "recompute is not offered on ranks: take recompute=false; more micro-batches (train.micro_batches) save "
+            "memory there, too",
+        )
     if parallel.zero and not config.optimizer.name.startswith(("sgd", "rmsprop", "adam")):
         yield Problem(
             ("parallel.zero", "optimizer.name"),
@@ -539,6 +562,11 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("run.baseline", "optimizer.name"),
             f"{optimizer.name} is a base optimizer itself; a baseline is for gtddp-* and ddpnopt-* optimizers",
+        )
+    if optimizer.gram_memory is not None and entry.base in ("kfac", "ekfac"):
+        yield Problem(
+            ("optimizer.gram_memory", "optimizer.name"),
+            f"{entry.base} needs all of a layer's inputs, rotated: take null, and a smaller optimizer.scope",
         )
     # The paper's preset takes its statistics from the value function.
     statistics = optimizer.statistics or ("value" if optimizer.preset == "paper" else "gradient")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .capture import MicroBatch, Stream
+from .capture import Capture, MicroBatch, Stream
 from .errors import StepError
 from .players import (
     FormedGradients,
@@ -96,10 +96,14 @@ class StepSamples:
     Args:
         micro_batches: what was captured.
         factor: what turns a captured loss derivative into that of a sample's own, unaveraged loss.
+        capture: what captured them; None where the inputs are all there.
     """
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], factor: float | Tensor) -> None:
+    def __init__(
+        self, micro_batches: Sequence[MicroBatch], factor: float | Tensor, capture: Capture | None = None
+    ) -> None:
         self.micro_batches = micro_batches
+        self._capture = capture
         self.factors: dict[Stream, float | Tensor] = {"gradient": factor, "sampled": 1.0, "exact": 1.0}
         self.samples = sum(m.samples for m in micro_batches)
         self._latest: dict[Stream, tuple[int, PlayerSamples | None]] = {}
@@ -140,7 +144,7 @@ class StepSamples:
             if any(module in m.formed.get(stream, {}) for m in self.micro_batches):
                 parts[name] = FormedGradients(module, self._formed(name, module, stream), self.factors[stream])
             elif any(grad is not None for grad in captured):
-                each = self._gathered(name, module, captured)
+                each = self._gathered(name, module, stream, self.micro_batches)
                 if is_affine(module) or len(each) == 1:
                     inputs, output_grads = (torch.cat(z) if len(z) > 1 else z[0] for z in zip(*each, strict=True))
                     parts[name] = sample_gradients(module, inputs, output_grads, self.factors[stream])
@@ -149,30 +153,43 @@ class StepSamples:
                     parts[name] = FormedGradients(module, put_together(grads), self.factors[stream])
         return PlayerSamples(parts) if parts else None
 
+    def recall(self, player: Player) -> None:
+        """Before the player's control changes: have there what is to be made anew of its stage and those in its run."""
+        if self._capture is not None:
+            self._capture.recall(self.micro_batches, next(iter(player.modules.values())))
+
     def _formed(self, name: str, module: nn.Module, stream: Stream) -> dict[str, Tensor]:
         """What was formed of every micro-batch; zero for one whose loss did not depend on the module."""
         self._check_ran(name, module)
         formed = [m.formed.get(stream, {}).get(module) for m in self.micro_batches]
         like = next(grads for grads in formed if grads is not None)
-        return put_together(
-            [
-                {n: g.new_zeros(m.samples * self.rows_per_sample(stream), *g.shape[1:]) for n, g in like.items()}
-                if grads is None
-                else grads
-                for m, grads in zip(self.micro_batches, formed, strict=True)
-            ]
-        )
+        each: list[Mapping[str, Tensor]] = []
+        for m, grads in zip(self.micro_batches, formed, strict=True):
+            if grads is None and module in m.derivatives[stream]:  # of another size, and not formed at once
+                ((x, y),) = self._gathered(name, module, stream, [m])
+                grads = sample_gradients(module, x, y).per_sample()
+            elif grads is None:
+                rows = m.samples * self.rows_per_sample(stream)
+                grads = {n: g.new_zeros(rows, *g.shape[1:]) for n, g in like.items()}
+            each.append(grads)
+        return put_together(each)
 
     def _check_ran(self, name: str, module: nn.Module) -> None:
         if any(module not in m.inputs for m in self.micro_batches):
             raise StepError(f"module '{name}' ran in some of the step's micro-batches and not in others")
 
-    def _gathered(self, name: str, module: nn.Module, captured: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-        """Prepared inputs and output gradients of every micro-batch."""
+    def _gathered(
+        self, name: str, module: nn.Module, stream: Stream, micro_batches: Sequence[MicroBatch]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Prepared inputs and output gradients of every micro-batch; one of them at least has some."""
+        captured = [m.derivatives[stream].get(module) for m in micro_batches]
         dtype = next(module.parameters(recurse=False)).dtype
         self._check_ran(name, module)
         shape = next(grad for grad in captured if grad is not None).shape[1:]
-        raw = [m.inputs[module] for m in self.micro_batches]
+        if self._capture is None:
+            raw = [m.inputs[module] for m in micro_batches]
+        else:
+            raw = self._capture.inputs(micro_batches, module)
         inputs = [prepare(module, x.to(dtype)) for x in raw]
         per_sample = next(len(g) // len(x) for x, g in zip(raw, captured, strict=True) if g is not None)
         if per_sample > 1:

@@ -124,6 +124,13 @@ class GTDDP(torch.optim.Optimizer):
         self.forms_early: Literal["all", "norms", "none"] = "all"
         """Of which modules per-sample gradients are formed in the backward pass, where that takes less memory and no
         more time. Ranks form those of norms alone: others wait for their backward passes."""
+        self._check_recompute(inspect)
+        if self.options.gram_memory is not None and self.curvature.needs_samples:
+            raise OptionError(
+                f"gram_memory={self.options.gram_memory!r} is for SGD, RMSprop, Adam and AdamW: "
+                f"{type(self.curvature).__name__} needs all of a layer's inputs, rotated; take gram_memory=None and a "
+                "smaller scope"
+            )
         self._grad_scaler = grad_scaler
         self._inspect = inspect
         self._inspector: Inspector | None = None
@@ -133,8 +140,10 @@ class GTDDP(torch.optim.Optimizer):
             model,
             self.trajectory,
             keep_states=inspect or (self.options.feedback and self.options.rollout == "nonlinear"),
+            recompute=self.options.recompute,
             skip_weight_grads=self.options.capture == "weighted",
             cotangents=self._cotangents(),
+            gram_memory=self.options.gram_memory,
             forms=self._forms,
         )
         for player in self.trajectory.players:
@@ -143,6 +152,22 @@ class GTDDP(torch.optim.Optimizer):
             self.trajectory.players, key=lambda player: sum(p.numel() for p in player.controls().values())
         )
         self._capture.attach()
+
+    def _check_recompute(self, inspect: bool) -> None:
+        if not self.options.recompute:
+            return
+        if inspect:
+            raise OptionError(
+                "recompute=True and inspect=True: value functions and policies are looked at after the step, with "
+                "what its samples were made of, which recompute lets go; take recompute=False"
+            )
+        plain = self.trajectory.plain_parameters
+        if plain and self.options.feedback and self.options.rollout == "nonlinear":
+            raise OptionError(
+                f"recompute=True and rollout='nonlinear': parameter '{plain[0]}' belongs to no player and takes its "
+                "step before the rollout, so that nothing can be made anew as it was; take recompute=False or "
+                "rollout='linear'"
+            )
 
     def _forms(self, samples: SampleGradients) -> bool:
         """Whether a module's per-sample gradients are formed during the backward pass."""
@@ -255,11 +280,12 @@ class GTDDP(torch.optim.Optimizer):
             self.options,
             self.curvature,
             self._controls,
-            StepSamples(micro_batches, samples * self._sign / loss_scale),
+            StepSamples(micro_batches, samples * self._sign / loss_scale, self._capture),
             groups,
             self._device,
             ranks,
             inspect=self._inspect,
+            budget=self._capture.new_budget(),
         )
 
     @property

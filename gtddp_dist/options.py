@@ -39,6 +39,10 @@ class Options:
             "theorem3", "exact" or "corollary7"; None: "exact" where the curvature has cross factors, else "none".
         replace_guard: with "replace", keep the spectral radius of M H at 1 or below.
         capture: "gradient": p.grad is filled as ever; "weighted": players' gradients are formed once, weighted.
+        recompute: let the layers' inputs go after the forward pass, and make them anew, run of stages by run, in the
+            backward pass and in the step: less memory, for up to three forward passes more.
+        gram_memory: megabytes that per-sample gradients and Gram matrices of layers may take beyond what is captured;
+            None: each layer goes the fastest way.
         loss_reduction: whether the step's losses add up to the "mean" over its samples, or to the "sum".
         replica_groups: replicas that this process stands for.
         clip_norm: largest norm of the whole gradient; None for no clipping.
@@ -57,6 +61,8 @@ class Options:
     cooperation: Cooperation | None = None
     replace_guard: bool = True
     capture: CaptureMode = "gradient"
+    recompute: bool = False
+    gram_memory: float | None = None
     loss_reduction: LossReduction = "mean"
     replica_groups: int = 1
     clip_norm: float | None = None
@@ -85,6 +91,8 @@ class Options:
             raise OptionError(f"replica_groups={self.replica_groups!r}, expected a whole number >= 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise OptionError(f"clip_norm={self.clip_norm!r}, expected a number > 0 or None")
+        if self.gram_memory is not None and not self.gram_memory > 0:
+            raise OptionError(f"gram_memory={self.gram_memory!r}, expected a number of megabytes > 0 or None")
         if self.seed < 0:
             raise OptionError(f"seed={self.seed!r}, expected a whole number >= 0")
 

@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .registry import DATA_SETS, MODELS, OPTIMIZERS, load_object
 from .team import SOLO, Team
 from .training_state import Progress, TrainingState
-from .training_step import Precision, StepResult, TrainingStep, evaluate
+from .training_step import Precision, StepResult, TrainingStep, evaluate, laid_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def build_model(config: Config, data: DataSet, precision: Precision) -> nn.Modul
         )
     new_model = cast(Callable[..., nn.Module], load_object(MODELS[config.model.name].builder))
     model = new_model(config.model, in_channels=data.in_channels, classes=data.classes, image_size=height)
-    return model.to(device=precision.device, dtype=precision.dtype)
+    return laid_out(model.to(device=precision.device, dtype=precision.dtype), config.train)
 
 
 def validate(config: Config, model: nn.Module, data: DataSet, precision: Precision) -> dict[str, float]:

@@ -20,12 +20,13 @@ Phase = Literal[
     "gram",
     "sweep",
     "rollout",
+    "recompute",
     "curvature",
     "update",
     "other",
 ]
 """backward: input- and weight-gradients in one pass of autograd, where they cannot be told apart. rollout: the second
-forward pass of the nonlinear rollout."""
+forward pass of the nonlinear rollout. recompute: layers' inputs made anew in the step."""
 P = ParamSpec("P")
 S = TypeVar("S")
 R = TypeVar("R")

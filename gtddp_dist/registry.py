@@ -96,6 +96,8 @@ _GTDDP = (
     "projection",
     "replace_guard",
     "capture",
+    "recompute",
+    "gram_memory",
 )
 _LITERAL = tuple(dict.fromkeys(("base", "gauss_newton_weight", *_SGD, *_RMSPROP, *_ADAM, *_KRONECKER)))
 _DDPNOPT = ("gauss_newton_weight", "value_hessian", "scope", "replace_guard")

@@ -6,6 +6,7 @@ one step's working data; nothing of it outlives the step, unless it is inspected
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -23,7 +24,7 @@ from .errors import StepError
 from .groups import RecursionGroup, StepSamples
 from .options import Options
 from .phases import in_phase, phase
-from .players import PlayerSamples
+from .players import Budget, PlayerSamples, within
 from .sweep import Policy, Value, backward_stage, forward_stage, terminal_value
 from .trajectory import LiveValue, Player, Trajectory, floating_tensors
 
@@ -54,6 +55,7 @@ class Step:
         weights: player index -> every group's v, one after another, to be averaged over the groups.
         base_steps: player index -> each group's R^-1 p and metric (only for inspection).
         facts: what diagnostics are made of.
+        budget: of memory, for forming S and Gram matrices.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class Step:
     weights: dict[int, Tensor] = field(default_factory=dict)
     base_steps: dict[int, list[BaseStep]] = field(default_factory=dict)
     facts: StepFacts = field(default_factory=StepFacts)
+    budget: Budget | None = None
 
     @property
     def stream(self) -> Stream:
@@ -177,13 +180,36 @@ class Step:
     @in_phase("gram")
     def _of_groups(self, player: Player, samples: PlayerSamples, metric: Metric) -> list[Gains]:
         samples = self.form(player, samples)
-        return [self._gains(player, samples.rows(g.rows_of(self.rows)), g, metric) for g in self.groups]
+        with within(self.budget):
+            return [self._gains(player, self._fitting(player, samples, g), g, metric) for g in self.groups]
+
+    def _fitting(self, player: Player, samples: PlayerSamples, group: RecursionGroup) -> PlayerSamples:
+        """A group's samples, whose Gram matrix the budget has room for.
+
+        Raises:
+            StepError: it has not; how much all players need.
+        """
+        rows = group.rows_of(self.rows)
+        own = samples.rows(rows)
+        if self.budget is not None and own.least_memory() > self.budget.half:
+            others = [self.samples.of(each, self.stream) for each in self.trajectory.players]
+            least = max(each.rows(rows).least_memory() for each in others if each is not None)
+            raise StepError(
+                f"gram_memory={self.options.gram_memory} megabytes are too few for a recursion of {group.samples} "
+                f"samples (player '{player.name}'): {math.ceil(2 * least / 1e4) / 100} are the fewest; take as many, "
+                "or a smaller scope"
+            )
+        return own
 
     @in_phase("gram")
     def form(self, player: Player, samples: PlayerSamples) -> PlayerSamples:
         """S of a player where forming it pays: for the Gram matrices, and kept for all S^T w of the step."""
+        if self.options.recompute:
+            return samples
         rows = max(group.samples for group in self.groups) * self.rows
-        return self.samples.keep_formed(player, self.stream, self.curvature.formed(samples, rows))
+        with within(self.budget):
+            formed = self.curvature.formed(samples, rows)
+        return self.samples.keep_formed(player, self.stream, formed)
 
     @in_phase("curvature")
     def _sweep_metric(self, player: Player, samples: PlayerSamples | None, values: list[Value]) -> Metric | None:
@@ -263,14 +289,16 @@ class Step:
     def forward(self) -> None:
         """Controls from the input to the output (Eq. 20)."""
         self.complete_statistics()
-        self.update_plain()
         phis = [torch.zeros(g.samples * self.rows, dtype=torch.float64, device=self.device) for g in self.groups]
         if self.options.feedback and self.options.rollout == "nonlinear":
+            self.update_plain()
             _, phis = self.roll_out([m.live[0] for m in self.samples.micro_batches], phis)
         else:
             phis = self.feedback(phis)
             for player in self.trajectory.players:
+                self.samples.recall(player)
                 self.act(player, *self.collect(player))
+            self.update_plain()  # last: a stage that is made anew is what it was
         self.facts.finish(self.groups, phis, self.options)
 
     @in_phase("curvature")
@@ -347,6 +375,7 @@ class Step:
         with unchanged_buffers(self.model):
             for player, stage in zip(self.trajectory.players, self.trajectory.stages, strict=True):
                 self._decide(player, phis)
+                self.samples.recall(player)
                 self.act(player, *(self._summed(part) for part in self.collect(player)))
                 moved = []
                 for micro_batch, live in zip(self.samples.micro_batches, lives, strict=True):

@@ -45,6 +45,13 @@ class Precision:
         return torch.amp.GradScaler(self.device.type) if self.name == "float16" else None
 
 
+def laid_out(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """The model with the memory layout of `train.channels_last`, which a convolution's output has from its weights."""
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's own types
+    return model
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a training step did."""

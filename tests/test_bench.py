@@ -23,6 +23,7 @@ from gtddp_dist.bench.gram import gram_ways
 from gtddp_dist.bench.memory import step_cost
 from gtddp_dist.bench.scaling import grids
 from gtddp_dist.bench.scaling_report import Row, read_grids, scaled
+from gtddp_dist.bench.single import Contender, batch
 from gtddp_dist.bench.stages import run_stages
 from gtddp_dist.bench.subject import described, new_model
 from gtddp_dist.cli import main
@@ -388,6 +389,25 @@ def test_the_job_script_needs_slurm(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------
 # step, gram, memory
+
+
+@pytest.mark.parametrize("name", ["sgd", "gtddp-sgd", "gtddp-adam", "gtddp-ekfac"])
+def test_contenders_run_under_autocast(name: str) -> None:
+    """With train.dtype=bfloat16 convolutions run in it, weights stay in float32, and the step is nearly the same."""
+    moves = []
+    for dtype in ("float32", "bfloat16"):
+        words = (*SMALL, "train.batch_size=8", "optimizer.scope=4", "optimizer.lr=0.1", f"train.dtype={dtype}")
+        contender = Contender(load_config("bench-step", words), name)
+        before = nn.utils.parameters_to_vector(contender.model.parameters()).detach().clone()
+        outputs: set[torch.dtype] = set()
+        for module in contender.model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda m, args, output, to=outputs: to.add(output.dtype))
+        contender.step(*batch(contender.config, contender.device, seed=0))
+        assert outputs == {getattr(torch, dtype)}
+        moves.append(nn.utils.parameters_to_vector(contender.model.parameters()).detach() - before)
+    assert all(move.dtype == torch.float32 for move in moves)
+    assert 0 < float((moves[0] - moves[1]).norm() / moves[0].norm()) < 0.2
 
 
 ALONE = (*SMALL, "train.batch_size=8", "optimizer.scope=4", "bench.optimizers=[gtddp-sgd,gtddp-ekfac]")

@@ -290,6 +290,20 @@ def small(**options: object) -> tuple[Small, GTDDP, Tensor, Tensor]:
     return model, optimizer, torch.randn(6, 2, 8, 8, dtype=torch.float64), torch.randint(4, (6,))
 
 
+def test_micro_batches_of_which_one_alone_is_formed_at_once() -> None:
+    """The choice depends on the samples, which a last batch has fewer of."""
+    ends = []
+    for sizes in ((4, 2), (4,), ()):
+        model, optimizer, x, y = small(capture="weighted")
+        optimizer.capture._forms = lambda samples, sizes=sizes: len(samples.inputs) in sizes  # type: ignore[misc]
+        for some in (slice(0, 4), slice(4, 6)):
+            (F.cross_entropy(model(x[some]), y[some], reduction="sum") / 6).backward()
+        optimizer.step()
+        ends.append(weights(model))
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(ends[2], ends[0], rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("capture", ["gradient", "weighted"])
 def test_small_per_sample_gradients_are_formed_in_the_backward_pass(capture: str) -> None:
     """Only sums over rows are left of what they are made of; the step is that of formed layers late."""

@@ -117,6 +117,7 @@ def assert_equal_runs(run_dir: str, expected_dir: str) -> None:
         ["optimizer.name=gt-kfac", "optimizer.basis_every=8", "optimizer.fisher=sampled"],
         # Those begun at step 8 are used from step 12 on.
         ["optimizer.name=gtddp-ekfac", "optimizer.basis_every=8", "optimizer.basis_lag=4", "optimizer.basis_method=qr"],
+        ["optimizer.name=gtddp-sgd", "optimizer.recompute=true", "train.channels_last=true", "optimizer.momentum=0.9"],
     ],
     ids=[
         "adam",
@@ -126,6 +127,7 @@ def assert_equal_runs(run_dir: str, expected_dir: str) -> None:
         "gtddp-ekfac",
         "gt-kfac-sampled",
         "ekfac-lag",
+        "channels-last-recompute",
     ],
 )
 def test_a_resumed_run_equals_an_unbroken_one(dtype: str, overrides: list[str]) -> None:

@@ -106,7 +106,7 @@ class Contender:
             loss = F.cross_entropy(self.model(images), labels)
         loss.backward()
         self.optimizer.forms_early = former
-        return StepSamples(self.optimizer.capture.take(), float(len(images)))
+        return StepSamples(self.optimizer.capture.take(), float(len(images)), self.optimizer.capture)
 
     def recorded(self, images: Tensor, labels: Tensor, kind: Kind, read: Callable[[], tuple[float, ...]]) -> Recorder:
         """A step whose phases are charged, player by player where there are players."""

@@ -19,7 +19,7 @@ from ..pipeline.grid import Grid, Shape
 from ..pipeline.plan import Subject, describe, stage_costs
 from ..registry import MODELS, OPTIMIZERS, load_object
 from ..tracing import trace
-from ..training_step import Precision
+from ..training_step import Precision, laid_out
 from ..trajectory import Trajectory
 
 
@@ -29,7 +29,7 @@ def new_model(config: Config) -> nn.Module:
     channels, height, _ = config.bench.image
     build = load_object(MODELS[config.model.name].builder)
     model: nn.Module = build(config.model, in_channels=channels, classes=config.bench.classes, image_size=height)  # type: ignore[operator]
-    return model.to(Precision(config.train.dtype, torch.device("cpu")).dtype)
+    return laid_out(model.to(Precision(config.train.dtype, torch.device("cpu")).dtype), config.train)
 
 
 def with_optimizer(config: Config, name: str, **options: object) -> Config:

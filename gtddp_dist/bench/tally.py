@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.module_tracker import ModuleTracker
 
 from ..pipeline.counting import flop_counter
 
@@ -56,6 +57,17 @@ class Tally(TorchDispatchMode):
         self.alive -= size
 
 
+class _NoModules(ModuleTracker):
+    """Does not track which module an operation belongs to: the hooks for it keep what activation checkpointing makes
+    anew alive until the garbage collector comes."""
+
+    def __enter__(self) -> ModuleTracker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
 @dataclass(frozen=True)
 class Counts:
     """What a piece of work took.
@@ -76,8 +88,10 @@ def counted(work: Callable[[], object]) -> Counts:
     """Does the work, and counts it; the garbage collector, whose time is chance, is off meanwhile."""
     gc.collect()
     gc.disable()
+    counter = flop_counter()
+    counter.mod_tracker = _NoModules()
     try:
-        with Tally() as tally, flop_counter() as counter:
+        with Tally() as tally, counter:
             work()
     finally:
         gc.enable()

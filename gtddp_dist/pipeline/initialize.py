@@ -19,7 +19,7 @@ from .. import __version__
 from ..checkpoint import CheckpointError, newest_agreed, set_aside
 from ..checkpoint_writer import Writer
 from ..config_schema import PlanConfig
-from ..errors import UserError
+from ..errors import OptionError, UserError
 from ..launch import alone, discover, told_once
 from ..optimizer import GTDDP
 from ..tracing import Projection, trace
@@ -104,6 +104,15 @@ class Engine:
             synchronise(self.segment, grid)
         self.optimizer = new_optimizer(self.segment)
         if isinstance(self.optimizer, GTDDP):
+            if self.optimizer.options.recompute:
+                raise OptionError(
+                    "recompute=True is not offered on ranks: take recompute=False; more micro-batches save memory "
+                    "there, too"
+                )
+            if self.optimizer.options.gram_memory is not None:
+                raise OptionError(
+                    "gram_memory is not offered on ranks: take gram_memory=None, and a smaller micro-batch or scope"
+                )
             self.optimizer.forms_early = "norms"  # what waits for no other rank is done when ranks wait
         if zero and grid.shape.data > 1:
             self.optimizer = shared_out(self.optimizer, grid)

@@ -183,6 +183,8 @@ def describe(config: Config, model: nn.Module, trajectory: Trajectory, classes: 
         )
     optimizer = gtddp_optimizer(model, config)
     options, curvature = optimizer.options, optimizer.curvature
+    if options.recompute:
+        raise UserError("optimizer.recompute=true is not offered on ranks, which are what is planned here: take false")
     sampled_factors = curvature.stream != "gradient"
     shape = step_shape(
         parallel.pipe,

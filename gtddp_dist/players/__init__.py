@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .affine import AffineGradients, GramPath, LinearGradients
 from .base import FormedGradients, SampleGradients, Scale, put_together
+from .budget import Budget, within
 from .conv import ConvGradients
 from .normalisation import BatchNormGradients, GroupNormGradients, LayerNormGradients
 from .samples import PlayerSamples, of_module, qualified
@@ -49,6 +50,7 @@ def sample_gradients(
 __all__ = [
     "SUPPORTED",
     "AffineGradients",
+    "Budget",
     "FormedGradients",
     "GramPath",
     "PlayerSamples",
@@ -61,4 +63,5 @@ __all__ = [
     "put_together",
     "qualified",
     "sample_gradients",
+    "within",
 ]

@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .base import SampleGradients, Scale, gram_of, is_diagonal
+from .base import FormedGradients, SampleGradients, Scale, gram_of, is_diagonal
 from .blocks import Block, gradient_blocks, gram_of_blocks, mean_square_of_blocks
-from .pairs import PASS, pair_cost, pair_gram, unfolded
+from .bounded import bounded_gradients, bounded_gram, least_bytes
+from .budget import budget
+from .pairs import PASS, pair_cost, pair_gram, pair_numbers, unfolded
 
 GramPath = Literal["materialise", "positions", "pixels"]
 """Ways to S S^T: per-sample gradients, formed and multiplied; pairs of positions of unfolded inputs, or of pixels."""
@@ -87,7 +89,10 @@ class AffineGradients(SampleGradients):
         if weight is None:
             return gram_of(self.per_sample(), inverse_metric)
         path = "materialise" if is_diagonal(scale) else path or self.cheapest_path(len(self.inputs))
-        gram = self._gram_in_blocks(scale) if path == "materialise" else scale * self._pair_gram(path)
+        held = budget()
+        if held is not None:
+            return bounded_gram(self, inverse_metric, path, held)
+        gram = self._gram_in_blocks(scale) if path == "materialise" else scale * self.pair_gram(path)
         if "bias" in self.controls:
             gram = gram + gram_of({"bias": self._bias_grads()}, inverse_metric)
         return gram
@@ -104,10 +109,9 @@ class AffineGradients(SampleGradients):
 
     def _by_group(self, weight: Tensor) -> Tensor:
         """Something of the weight's shape in that of :meth:`_blocks`, (G, O, *inputs)."""
-        groups = int(getattr(self.module, "groups", 1))
-        return weight.reshape(groups, len(weight) // groups, -1)
+        return weight.reshape(self.channel_groups, len(weight) // self.channel_groups, -1)
 
-    def _pair_gram(self, path: GramPath) -> Tensor:
+    def pair_gram(self, path: GramPath) -> Tensor:
         """S S^T of the weight by pairs."""
         return outer_product_gram(*self.positions(), "positions")
 
@@ -120,12 +124,29 @@ class AffineGradients(SampleGradients):
         return squares | ({"bias": self._bias_grads().square().mean(0)} if "bias" in self.controls else {})
 
     def formed(self, diagonal: bool, samples: int) -> SampleGradients:
-        if self._small and (diagonal or self._worth_forming(samples)):
+        if not (self._small and (diagonal or self._worth_forming(samples)) and self._may_be_kept()):
+            return self
+        held = budget()
+        if held is None:
             return super().formed(diagonal, samples)
-        return self
+        return FormedGradients(self.module, bounded_gradients(self, held), self.factor)
+
+    def formed_at_once(self) -> dict[str, Tensor]:
+        held = budget()
+        return super().formed_at_once() if held is None else bounded_gradients(self, held)
+
+    def _may_be_kept(self) -> bool:
+        """Whether the budget has room for S, and for forming it."""
+        held = budget()
+        size = sum(p.numel() for p in self.controls.values()) * len(self.inputs) * self.output_grads.element_size()
+        return held is None or (self.least_memory() <= held.half and held.keep(size))
+
+    def least_memory(self) -> int:
+        return least_bytes(self) if "weight" in self.controls else 0
 
     def best_formed_at_once(self, diagonal: bool, samples: int) -> bool:
-        return self._relative_size <= 1 and (diagonal or self._worth_forming(samples))
+        best = self._relative_size <= 1 and (diagonal or self._worth_forming(samples))
+        return best and self._may_be_kept()
 
     @property
     def _relative_size(self) -> float:
@@ -161,6 +182,40 @@ class AffineGradients(SampleGradients):
         positions = self.output_grads.numel() // (len(self.output_grads) * weight.shape[0])
         return samples, positions, weight[0].numel(), weight.shape[0] // groups
 
+    @property
+    def channel_groups(self) -> int:
+        """G."""
+        return int(getattr(self.module, "groups", 1))
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return self.module.get_parameter("weight").shape[1]
+
+    @property
+    def inputs_of_channel(self) -> int:
+        """Inputs of a position that one channel has: kernel elements."""
+        return self.module.get_parameter("weight")[0, 0].numel()
+
+    @abstractmethod
+    def input_channels(self, group: int, channels: slice) -> Tensor:
+        """Inputs (B, i, L) of some channels of a group, and no copy of the others."""
+
+    @abstractmethod
+    def output_channels(self, group: int) -> Tensor:
+        """Output gradients (B, O, L) of a group, without the factor; a view."""
+
+    @abstractmethod
+    def channel_numbers(self) -> int:
+        """Numbers that are made on the way to all samples' gradients of one input channel."""
+
+    def pair_numbers(self, path: GramPath) -> int:
+        """Numbers that are made on the way to the Gram matrix by pairs: the unfolded inputs and output gradients, also
+        in rows, and pairs of them."""
+        B, L, I, O = self._sizes(len(self.inputs))  # noqa: E741
+        G = self.channel_groups
+        return G * (2 * B * L * (I + O) + pair_numbers(B, unfolded(L), L, self.inputs.device.type))
+
     def _pair_costs(self, samples: int) -> dict[GramPath, int]:
         """What the ways by pairs cost."""
         B, L, I, O = self._sizes(samples)  # noqa: E741
@@ -177,6 +232,16 @@ class LinearGradients(AffineGradients):
     def output_positions(self) -> Tensor:
         y = self.output_grads * self.factor
         return y.reshape(y.shape[0], 1, -1, y.shape[-1])
+
+    def input_channels(self, group: int, channels: slice) -> Tensor:
+        return self.inputs.reshape(len(self.inputs), -1, self.inputs.shape[-1])[..., channels].mT
+
+    def output_channels(self, group: int) -> Tensor:
+        return self.output_grads.reshape(len(self.output_grads), -1, self.output_grads.shape[-1]).mT
+
+    def channel_numbers(self) -> int:
+        B, L, _, O = self._sizes(len(self.inputs))  # noqa: E741
+        return B * (L + O)
 
     def rotated(self, inputs_GCC: Tensor, outputs_GOO: Tensor) -> LinearGradients:
         x, y = self.inputs @ inputs_GCC[0], self.output_grads @ outputs_GOO[0]

@@ -85,6 +85,14 @@ class SampleGradients(ABC):
         """
         return FormedGradients(self.module, self.per_sample())
 
+    def formed_at_once(self) -> dict[str, Tensor]:
+        """S by parameter name, of samples without a factor; of layers within the budget (`budget`)."""
+        return self.per_sample()
+
+    def least_memory(self) -> int:
+        """Bytes of temporary memory that the Gram matrix of these samples takes at least."""
+        return 0
+
     def best_formed_at_once(self, diagonal: bool, samples: int) -> bool:
         """Whether :meth:`formed` forms S, and S takes less memory than what it is made of."""
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -11,7 +12,7 @@ from torch.nn import grad as library_grad
 
 from .affine import AffineGradients, GramPath
 from .blocks import Block
-from .pairs import Phase, pair_cost, pair_gram, phases
+from .pairs import Phase, pair_cost, pair_gram, pair_numbers, phases
 from .shifts import shifted_blocks, shifted_gradients
 
 _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -92,10 +93,31 @@ class ConvGradients(AffineGradients):
         costs["pixels"] = pair_cost(B, self._phases(), L, channels, O, self.inputs.device.type)
         return costs
 
-    def _pair_gram(self, path: GramPath) -> Tensor:
+    def pair_gram(self, path: GramPath) -> Tensor:
         if path != "pixels":
-            return super()._pair_gram(path)
+            return super().pair_gram(path)
         return pair_gram(self._pixels(self.inputs), self._pixels(self.output_grads), self._phases()) * self.factor**2
+
+    def pair_numbers(self, path: GramPath) -> int:
+        if path != "pixels":
+            return super().pair_numbers(path)
+        B, L, _, _ = self._sizes(len(self.inputs))
+        pairs = pair_numbers(B, self._phases(), L, self.inputs.device.type) * self.module.groups
+        return self.inputs.numel() + self.output_grads.numel() + pairs
+
+    def input_channels(self, group: int, channels: slice) -> Tensor:
+        conv = self.module
+        x_BCS = self.inputs.unflatten(1, (conv.groups, -1))[:, group, channels]
+        return unfold(x_BCS, conv.kernel_size, conv.stride, self._padding, conv.dilation)
+
+    def output_channels(self, group: int) -> Tensor:
+        return self.output_grads.unflatten(1, (self.module.groups, -1))[:, group].flatten(2)
+
+    def channel_numbers(self) -> int:
+        B, L, _, O = self._sizes(len(self.inputs))  # noqa: E741
+        padded = math.prod(n + 2 * p for n, p in zip(self.inputs.shape[2:], self._padding, strict=True))
+        elements = self.inputs_of_channel
+        return B * (2 * padded + elements * (L + O))
 
     def _pixels(self, z: Tensor) -> Tensor:
         """(B, channels, *space) -> (groups, *space, B, channels of a group)."""

@@ -107,6 +107,13 @@ def pair_cost(samples: int, seen: Sequence[Phase], outputs: int, I: int, O: int,
     return pairs * cost
 
 
+def pair_numbers(samples: int, seen: Sequence[Phase], outputs: int, device: str) -> int:
+    """Numbers that :func:`pair_gram` makes of a pair of blocks and a channel group, at most at once."""
+    largest = max([outputs, *(math.prod(phase.sizes) for phase in seen)])
+    rows = max(each.stop - each.start for each in blocks(samples, largest, device)) * largest
+    return 4 * rows**2  # of pixels, two steps of the sum over kernel elements, and the sum over phases or outputs
+
+
 def pair_gram(x_GSBI: Tensor, y_GSBO: Tensor, seen: Sequence[Phase]) -> Tensor:
     """S S^T, shape (B, B), of the weight's per-sample gradients.
 

@@ -33,6 +33,10 @@ class PlayerSamples:
         """The same with S formed where that is cheapest for Gram matrices of so many rows, and it is small."""
         return PlayerSamples({name: part.formed(diagonal, samples) for name, part in self.parts.items()})
 
+    def least_memory(self) -> int:
+        """Bytes of temporary memory that the Gram matrix takes at least, by which one input channel is at work."""
+        return max(part.least_memory() for part in self.parts.values())
+
     def inner(self, direction: Mapping[str, Tensor]) -> Tensor:
         """S d, shape (B,), for d by qualified parameter name."""
         return sum_tensors(part.inner(of_module(name, direction)).double() for name, part in self.parts.items())
