@@ -779,9 +779,19 @@ def test_srun(scontrol: str) -> None:
     assert again is not None and again.port not in {slurm.port_of(77, step) for step in range(9)}
 
 
-def test_srun_that_does_not_fill_one_node_after_another(scontrol: str) -> None:
-    ranks = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_DISTRIBUTION": "cyclic"})
-    assert ranks is not None and ranks.hosts == () and ranks.host_of(0) is None
+@pytest.mark.parametrize(
+    ("layout", "hosts"),
+    [
+        ("block:cyclic,NoPack", ("node1", "node1", "node2", "node2", "node3")),
+        ("cyclic", ("node1", "node2", "node3", "node1", "node2")),
+        ("cyclic:block", ("node1", "node2", "node3", "node1", "node2")),
+        ("plane", ()),
+        ("arbitrary", ()),
+    ],
+)
+def test_hosts_of_tasks_as_srun_lays_them_out(scontrol: str, layout: str, hosts: tuple[str, ...]) -> None:
+    ranks = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_DISTRIBUTION": layout})
+    assert ranks is not None and ranks.hosts == hosts
 
 
 def test_srun_with_an_address_of_the_user() -> None:
