@@ -87,7 +87,7 @@ def _local_world(environ: Mapping[str, str], counts: Sequence[int]) -> int:
 
 
 def _host_of_each(environ: Mapping[str, str], counts: Sequence[int], hosts: Sequence[str]) -> tuple[str, ...]:
-    """The host of each task; empty where tasks are laid out by a list of the user's, or in planes (`--distribution`)."""
+    """The host of each task; empty where tasks are laid out by a list or in planes (`--distribution`)."""
     if len(hosts) != len(counts):
         return ()
     layout = re.split("[:,]", environ.get("SLURM_DISTRIBUTION", "block"))[0]
