@@ -35,6 +35,9 @@ ANSWER_WITHIN_S = 10.0
 STOPPED_ANSWER_WITHIN_S = 5.0
 """The same after a stop signal."""
 
+CONNECT_WITHIN_S = 1.0
+"""How long one attempt to reach rank 0 may take: a lost host answers nothing, and stop signals are heard in between."""
+
 TELL_WITHIN_S = 1.0
 """How long the others leave to rank 0 to tell what is wrong."""
 
@@ -332,7 +335,7 @@ def _wait_for_port(ranks: Ranks, wait: Wait, within_s: float) -> None:
     """Returns once somebody listens there. TCPStore's own attempts print a page for each that fails."""
     while True:
         try:
-            socket.create_connection((ranks.address, ranks.port), timeout=5.0).close()
+            socket.create_connection((ranks.address, ranks.port), timeout=CONNECT_WITHIN_S).close()
             return
         except OSError as error:
             if wait.is_over():
