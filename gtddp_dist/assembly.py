@@ -14,7 +14,7 @@ from typing import Protocol
 from .config_schema import Config
 from .doctor.folder import check_folder
 from .errors import ToldElsewhere, UserError
-from .launch import Ranks
+from .launch import Ranks, StopRequest
 from .launch.ranks import host_name
 from .liveness import NOTE_WITHIN_S
 from .parts import Parts, build
@@ -77,6 +77,7 @@ class SoloBuilder:
 def assembled(
     config: Config,
     ranks: Ranks,
+    stop: StopRequest,
     cuts: Sequence[int] | None = None,
     advice: str = "nothing was written yet: start the run again",
 ) -> Iterator[Builder]:
@@ -85,6 +86,7 @@ def assembled(
     Args:
         config: of the run.
         ranks: this one among the others.
+        stop: what asks it to stop: it does not wait for the others for long then.
         cuts: where the network was cut by an earlier start of the run on the same grid.
         advice: what to do once a rank is lost.
     """
@@ -98,7 +100,7 @@ def assembled(
             f"training on {ranks.world} ranks needs {error.name}, which is not installed: pip install "
             "'gtddp-dist[cluster]'"
         ) from error
-    with met(config, ranks, cuts, advice) as builder:
+    with met(config, ranks, stop, cuts, advice) as builder:
         yield builder
 
 

@@ -19,14 +19,15 @@ REASON_LENGTH = 500
 
 
 @contextmanager
-def refusals_recorded(run: Path, rank: int) -> Iterator[None]:
-    """Records, on rank 0, the end of a start that bad input keeps from beginning in the block."""
+def refusals_recorded(run: Path, rank: int, stop: StopRequest) -> Iterator[None]:
+    """Records, on rank 0, the end of a start that bad input, or `stop`, keeps from beginning in the block."""
     try:
         yield
     except UserError as error:
         if rank == 0:
             step = last_step(run)
-            record(run, Ended(step=step, code=error.exit_code, reason=str(error)[:REASON_LENGTH]))
+            signals = list(dict.fromkeys(number.name for number in stop.signals))
+            record(run, Ended(step=step, code=error.exit_code, reason=str(error)[:REASON_LENGTH], signals=signals))
         raise
 
 

@@ -49,7 +49,7 @@ def run_training(config: Config, config_name: str) -> int:
     """
 
     def work(stop: StopRequest, ranks: Ranks) -> int:
-        with assembled(config, ranks) as builder:
+        with assembled(config, ranks, stop) as builder:
             parts = builder.build(config)  # before the run directory: what cannot be built leaves none behind
             with (
                 opened(parts.team, lambda: new_run(config, config_name), new=True) as run,
@@ -85,8 +85,8 @@ def resume_training(run_dir: Path, on_grid: Config | None = None) -> int:
     def work(stop: StopRequest, ranks: Ranks) -> int:
         known = RunDirectory(run_dir).read_layout(config)
         with contextlib.ExitStack() as stack:
-            with refusals_recorded(run_dir, ranks.rank):
-                builder = stack.enter_context(assembled(config, ranks, known, _continue(run_dir)))
+            with refusals_recorded(run_dir, ranks.rank, stop):
+                builder = stack.enter_context(assembled(config, ranks, stop, known, _continue(run_dir)))
             team = builder.team
             wait_s = config.parallel.lost_after_s + LOCK_EXTRA_S if was_requeued() else 0.0
             with opened(team, lambda: existing_run(run_dir, wait_s)) as run:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ToldElsewhere, UserError
+from .patience import Patience
 from .pause import Pause
 from .ranks import Ranks, checked, number
 
@@ -166,13 +167,15 @@ class MpiExchange:
     For the ranks that `discover` has found in this process.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, patience: Patience) -> None:
         self._ranks = ranks
+        self._patience = patience
         self._comm = _met[0].comm
 
     def gather(self, name: str, text: str, within_s: float) -> list[str | None]:
         texts: list[str | None] = [text, *[None] * (self._ranks.world - 1)]
-        deadline, pause = time.monotonic() + within_s, Pause(1e-4, 0.02)
+        wait = self._patience.wait(within_s, lambda: [rank for rank, found in enumerate(texts) if found is None])
+        pause = Pause(1e-4, 0.02)
         while missing := [rank for rank, found in enumerate(texts) if found is None]:
             came = [rank for rank in missing if self._comm.iprobe(source=rank, tag=TO_FIRST)]
             for rank in came:
@@ -180,7 +183,7 @@ class MpiExchange:
                 if theirs != name:
                     raise RuntimeError(f"rank {rank} is at {theirs!r} where rank 0 is at {name!r}")
             if not came:
-                if time.monotonic() > deadline:
+                if wait.is_over():
                     break
                 pause()
         return texts
@@ -194,10 +197,12 @@ class MpiExchange:
 
     def ask(self, name: str, text: str, within_s: float) -> str | None:
         sent = self._comm.isend((name, text), dest=0, tag=TO_FIRST)
-        deadline, pause = time.monotonic() + within_s, Pause(1e-4, 0.02)
+        # Who has come, only rank 0 knows.
+        wait, pause = self._patience.wait(within_s, list[int], after_others_s=LEAVE_WITHIN_S), Pause(1e-4, 0.02)
         while not self._comm.iprobe(source=0, tag=FROM_FIRST):
-            if time.monotonic() > deadline:
+            if wait.is_over():
                 sent.Cancel()
+                wait.raise_if_stopped()
                 return None
             pause()
         theirs, answer = self._comm.recv(source=0, tag=FROM_FIRST)

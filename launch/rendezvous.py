@@ -16,8 +16,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from ..errors import FAILED, ToldElsewhere, UserError
+from .patience import Patience, Wait
 from .pause import Pause
 from .ranks import Ranks
+from .stop import StopRequest
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -30,6 +32,11 @@ START_WITHIN_S = 180.0
 ANSWER_WITHIN_S = 10.0
 """How much longer others wait for rank 0 than rank 0 for them, so that they hear from it who is missing."""
 
+STOPPED_ANSWER_WITHIN_S = 5.0
+"""The same after a stop signal."""
+
+CONNECT_WITHIN_S = 1.0
+"""How long one attempt to reach rank 0 may take: a lost host answers nothing, and stop signals are heard in between."""
 
 TELL_WITHIN_S = 1.0
 """How long the others leave to rank 0 to tell what is wrong."""
@@ -48,7 +55,8 @@ class Exchange(Protocol):
     """Texts from all ranks to rank 0 and back. `name` is the same in all ranks, and another for every exchange."""
 
     def gather(self, name: str, text: str, within_s: float) -> list[str | None]:
-        """Rank 0: the text of every rank, its own first; None for those that have not come within the time."""
+        """Rank 0: the text of every rank, its own first; None for those that have not come within the time, or soon
+        after it was told to stop."""
         ...
 
     def answer(self, name: str, text: str, there: Sequence[int]) -> None:
@@ -56,7 +64,10 @@ class Exchange(Protocol):
         ...
 
     def ask(self, name: str, text: str, within_s: float) -> str | None:
-        """The other ranks: hands `text` to rank 0; what it answers, or None where nothing comes within the time."""
+        """The other ranks: hands `text` to rank 0; what it answers, or None where nothing comes within the time.
+
+        Raises StoppedWaiting where nothing comes soon after this rank was told to stop.
+        """
         ...
 
 
@@ -64,15 +75,24 @@ class Rendezvous:
     """The ranks of a run, met. Every rank makes one, and calls its methods in the same order.
 
     Under mpirun texts go through MPI, else through a store of torch.distributed at the address of `ranks`; `store`
-    is there in any case. Raises UserError where the port is taken, or another process has the same rank, and
-    RankMissing where rank 0 cannot be reached.
+    is there in any case. Once `stop` asks for it, ranks do not wait for each other for long any more, and say for whom
+    they wait: `segment_of` tells for people in which segment a rank is. Raises UserError where the port is taken, or
+    another process has the same rank, RankMissing where rank 0 cannot be reached, and StoppedWaiting where it has not
+    come soon after this rank was told to stop.
     """
 
     begun: ClassVar[bool] = False
     """Whether this process has begun to meet others."""
 
-    def __init__(self, ranks: Ranks, start_within_s: float = START_WITHIN_S) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        start_within_s: float = START_WITHIN_S,
+        stop: StopRequest | None = None,
+        segment_of: Callable[[int], str] | None = None,
+    ) -> None:
         self.ranks = ranks
+        self._patience = Patience(ranks, stop, segment_of)
         self._within_s = start_within_s
         self._calls: dict[str, int] = {}
         self._store: Store | None = None
@@ -83,9 +103,9 @@ class Rendezvous:
         if ranks.started_by == "mpirun":
             from .mpi import MpiExchange
 
-            self._exchange = MpiExchange(ranks)
+            self._exchange = MpiExchange(ranks, self._patience)
         else:
-            self._exchange = StoreExchange(self.store, ranks)
+            self._exchange = StoreExchange(self.store, ranks, self._patience)
 
     @property
     def store(self) -> Store:
@@ -95,7 +115,7 @@ class Rendezvous:
         connected when first asked for, by all ranks.
         """
         if self._store is None:
-            self._store = connect(self.ranks, self._within_s)
+            self._store = connect(self.ranks, self._within_s, self._patience)
         return self._store
 
     @property
@@ -107,7 +127,8 @@ class Rendezvous:
         """The texts of all ranks, in their order. For small texts: all go through rank 0.
 
         `key` says in error messages what was exchanged, and may be used again. Raises RankMissing on every rank that
-        is there where one has not come within `within_s` seconds (default: as long as at the start).
+        is there where one has not come within `within_s` seconds (default: as long as at the start), or StoppedWaiting
+        where one has not come soon after a stop signal.
         """
         if self._exchange is None:
             return [text]
@@ -116,7 +137,7 @@ class Rendezvous:
         name = f"{key}/{count}"
         if self.ranks.rank == 0:
             texts = self._exchange.gather(name, text, within_s)
-            reply = json.dumps(texts)
+            reply = json.dumps({"texts": texts, "stopped": self._patience.reason})
             self._exchange.answer(
                 name, reply, [rank for rank, text_of in enumerate(texts) if rank > 0 and text_of is not None]
             )
@@ -130,8 +151,11 @@ class Rendezvous:
                     f"{within_s + ANSWER_WITHIN_S:.0f} s ({key}): look for its error"
                 )
             reply = answer
-        found: list[str | None] = json.loads(reply)
+        told = json.loads(reply)
+        found: list[str | None] = told["texts"]
         missing = [rank for rank, text_of in enumerate(found) if text_of is None]
+        if missing and told["stopped"]:
+            raise self._patience.stopped(missing, told["stopped"])
         if missing:
             hosts = sorted({host for rank in missing if (host := self.ranks.host_of(rank)) is not None})
             where = f" (on {', '.join(hosts)})" if hosts else ""
@@ -210,13 +234,15 @@ def ranks_named(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
-def connect(ranks: Ranks, within_s: float) -> Store:
+def connect(ranks: Ranks, within_s: float, patience: Patience | None = None) -> Store:
     """The store of these ranks: held by rank 0, unless torchrun's agent does. For one rank, one in memory.
 
-    Raises UserError where rank 0 finds its port taken, and RankMissing where it cannot be reached in time.
+    Raises UserError where rank 0 finds its port taken, RankMissing where it cannot be reached in time, and
+    StoppedWaiting where it was not reached soon after this rank was told to stop.
     """
     from torch.distributed import DistError, HashStore, PrefixStore, TCPStore
 
+    patience = patience or Patience(ranks, None, None)
     prefix = f"gtddp/{ranks.attempt}"
     if ranks.world == 1:
         return HashStore()
@@ -240,18 +266,18 @@ def connect(ranks: Ranks, within_s: float) -> Store:
                 f"end that, or choose another port ({_PORT_ADVICE[ranks.started_by]})"
             ) from error
         return PrefixStore(prefix, held)
-    deadline = time.monotonic() + within_s
-    _wait_for_port(ranks, deadline, within_s)
+    wait = patience.wait(within_s, lambda: [0])
+    _wait_for_port(ranks, wait, within_s)
     # Under gtddp and mpirun somebody listens there before rank 0 has come so far as to answer.
     early = ranks.started_by in ("gtddp", "mpirun")
-    answer_s = max(deadline - time.monotonic(), 1.0) if early else min(ANSWER_WITHIN_S, within_s)
+    answer_s = max(wait.left_s, 1.0) if early else min(ANSWER_WITHIN_S, within_s)
 
     def join() -> TCPStore:
         wait = timedelta(seconds=answer_s)
         return TCPStore(ranks.address, ranks.port, None, is_master=False, timeout=wait, wait_for_workers=False)
 
     try:
-        joined = _within(answer_s + 1.0, join)
+        joined = _within(patience.wait(answer_s + 1.0, lambda: [0]), join)
     except DistError as error:
         raise _unreachable(ranks, within_s, str(error).splitlines()[0]) from error
     if joined is None:
@@ -273,9 +299,9 @@ def _loopback_listener(ranks: Ranks) -> int | None:
         return listener.detach()
 
 
-def _within(seconds: float, work: Callable[[], T]) -> T | None:
-    """What `work` returns or raises; None where that takes longer. TCPStore waits for ever for an answer to its first
-    words, whatever its time-out."""
+def _within(wait: Wait, work: Callable[[], T]) -> T | None:
+    """What `work` returns or raises; None where that takes longer than `wait`. TCPStore waits for ever for an answer to
+    its first words, whatever its time-out."""
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -287,9 +313,12 @@ def _within(seconds: float, work: Callable[[], T]) -> T | None:
 
     thread = threading.Thread(target=run, name="join the store", daemon=True)
     thread.start()
-    thread.join(seconds)
+    while thread.is_alive() and not wait.is_over():
+        thread.join(0.1)
     if errors:
         raise errors[0]
+    if not results:
+        wait.raise_if_stopped()
     return results[0] if results else None
 
 
@@ -302,14 +331,15 @@ _PORT_ADVICE = {
 }
 
 
-def _wait_for_port(ranks: Ranks, deadline: float, within_s: float) -> None:
+def _wait_for_port(ranks: Ranks, wait: Wait, within_s: float) -> None:
     """Returns once somebody listens there. TCPStore's own attempts print a page for each that fails."""
     while True:
         try:
-            socket.create_connection((ranks.address, ranks.port), timeout=5.0).close()
+            socket.create_connection((ranks.address, ranks.port), timeout=CONNECT_WITHIN_S).close()
             return
         except OSError as error:
-            if time.monotonic() > deadline:
+            if wait.is_over():
+                wait.raise_if_stopped()
                 raise _unreachable(ranks, within_s, str(error)) from error
         time.sleep(0.2)
 
@@ -328,9 +358,10 @@ class StoreExchange:
     keeps signals from being heard.
     """
 
-    def __init__(self, store: Store, ranks: Ranks) -> None:
+    def __init__(self, store: Store, ranks: Ranks, patience: Patience) -> None:
         self._store = store
         self._ranks = ranks
+        self._patience = patience
         self._met = False
         here = f"process {os.getpid()} on {socket.gethostname()}"
         if store.add(f"joined/{ranks.rank}", 1) > 1:
@@ -342,13 +373,16 @@ class StoreExchange:
     def gather(self, name: str, text: str, within_s: float) -> list[str | None]:
         keys = {rank: f"{name}/{rank}" for rank in range(1, self._ranks.world)}
         texts: list[str | None] = [text, *[None] * len(keys)]
-        deadline, pause = time.monotonic() + within_s, Pause(1e-3, 0.1)
+        wait = self._patience.wait(
+            within_s, lambda: [rank for rank, key in keys.items() if not self._store.check([key])]
+        )
+        pause = Pause(1e-3, 0.1)
         while not self._store.check(list(keys.values())):
             if self._is_twice():
                 self._store.set("twice is told", "")
                 time.sleep(1.0)  # the others shall read it before the store goes with this process
                 raise UserError(f"{self._store.get('twice').decode()}. {_TWICE_ADVICE}")
-            if time.monotonic() > deadline:
+            if wait.is_over():
                 keys = {rank: key for rank, key in keys.items() if self._store.check([key])}
                 break
             pause()
@@ -369,13 +403,15 @@ class StoreExchange:
     def ask(self, name: str, text: str, within_s: float) -> str | None:
         from torch.distributed import DistError
 
-        deadline, pause = time.monotonic() + within_s, Pause(1e-3, 0.1)
+        wait = self._patience.wait(within_s, self._not_joined, after_others_s=STOPPED_ANSWER_WITHIN_S)
+        pause = Pause(1e-3, 0.1)
         try:
             self._store.set(f"{name}/{self._ranks.rank}", text)
             while not self._store.check([name]):
                 if self._is_twice():
                     raise self._twice()
-                if time.monotonic() > deadline:
+                if wait.is_over():
+                    wait.raise_if_stopped()
                     return None
                 pause()
             answer = self._store.get(name).decode()
@@ -387,6 +423,9 @@ class StoreExchange:
             ) from error
         self._met = True
         return answer
+
+    def _not_joined(self) -> list[int]:
+        return [rank for rank in range(self._ranks.world) if not self._store.check([f"joined/{rank}"])]
 
     def _is_twice(self) -> bool:
         """Only until all have met: a process that strays in later must not end a run that goes well."""

@@ -87,10 +87,17 @@ def _local_world(environ: Mapping[str, str], counts: Sequence[int]) -> int:
 
 
 def _host_of_each(environ: Mapping[str, str], counts: Sequence[int], hosts: Sequence[str]) -> tuple[str, ...]:
-    """The host of each task; empty where tasks do not fill one node after another (`--distribution`)."""
-    if len(hosts) != len(counts) or not environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+    """The host of each task; empty where tasks are laid out by a list or in planes (`--distribution`)."""
+    if len(hosts) != len(counts):
         return ()
-    return tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
+    layout = re.split("[:,]", environ.get("SLURM_DISTRIBUTION", "block"))[0]
+    if layout == "block":  # they fill one node after another
+        return tuple(host for host, count in zip(hosts, counts, strict=True) for _ in range(count))
+    if layout == "cyclic":  # they go round; srun's own way where there are no more tasks than nodes
+        return tuple(
+            host for turn in range(max(counts)) for host, count in zip(hosts, counts, strict=True) if turn < count
+        )
+    return ()
 
 
 def _hosts(environ: Mapping[str, str]) -> list[str]:

@@ -95,3 +95,13 @@ def test_what_a_program_leaves_is_found_and_its_processes_are_ended(tmp_path: Pa
         assert isinstance(found, Program) and not found.processes()
     finally:
         Path("/dev/shm/gtddp-campaign-test").unlink(missing_ok=True)
+
+
+def test_a_program_whose_environment_is_not_there_yet_has_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel shows one whose exec has not come to its end."""
+    began = time.monotonic()
+    with started(tmp_path, "it", [sys.executable, "-c", "import time; time.sleep(1.5)"]) as found:
+        monkeypatch.setattr(found, "processes", dict[int, bytes])
+        assert found.ends(60.0) >= began + 1.5

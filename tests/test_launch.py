@@ -19,7 +19,19 @@ from pathlib import Path
 import pytest
 
 from gtddp_dist import errors
-from gtddp_dist.launch import RankMissing, Ranks, Rendezvous, discover, local, mpi, rendezvous, slurm
+from gtddp_dist.launch import (
+    RankMissing,
+    Ranks,
+    Rendezvous,
+    StopRequest,
+    discover,
+    local,
+    mpi,
+    patience,
+    rendezvous,
+    slurm,
+)
+from gtddp_dist.launch.patience import StoppedWaiting
 from gtddp_dist.launch.stop import STOP_SIGNALS
 
 BIN = Path(sys.executable).parent
@@ -448,6 +460,76 @@ def test_rank_0_is_missing() -> None:
         Rendezvous(ranks_of(2, port)[1], 1)
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_is_told_to_stop_names_whom_it_waits_for(program: Program, missing: int) -> None:
+    """Rank 0 has the port from the start: it is listened at also where rank 0 does not come."""
+    setup = "from gtddp_dist.launch import patience\npatience.STOPPED_WITHIN_S = 0.5"
+    body = f"""
+    if rank == {missing}:
+        {program.here()}
+        code = wait_for_stop()
+        time.sleep(4)
+        return code
+    threading = __import__("threading")
+    def tell():
+        {program.here()}
+    threading.Timer(1.5, tell).start()  # it waits by then
+    Rendezvous(ranks, 60, stop, lambda rank: "segment %d of 2" % (rank + 1)).barrier()
+    """
+    program.start(2, body, setup)
+    program.wait_for("pid0", "pid1")
+    program.send(signal.SIGTERM)
+    code, _, err = program.end()
+    assert code == errors.REQUEUE
+    there, host = 1 - missing, socket.gethostname()
+    whom = f"rank {missing} (segment {missing + 1} of 2, on {host})"
+    assert f"gtddp: rank {there} on {host} is told to stop (SIGTERM) while it waits for {whom}: ends in" in err
+    assert f"gtddp: error: told to stop (SIGTERM) before the ranks had met: {whom} did not come" in err
+
+
+def test_ranks_that_come_soon_after_the_signal_stop_together(program: Program) -> None:
+    body = f"""
+    {program.here()}
+    if rank == 1:
+        wait_for_stop()
+        time.sleep(1)
+    Rendezvous(ranks, 60, stop).barrier()
+    return wait_for_stop()
+    """
+    program.start(2, body)
+    program.wait_for("pid0", "pid1")
+    program.send(signal.SIGUSR2)
+    code, _, err = program.end()
+    assert code == errors.REQUEUE
+    assert "error" not in err
+
+
+def test_a_rank_that_is_told_to_stop_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a node whose neighbour is lost."""
+    monkeypatch.setattr(patience, "STOPPED_WITHIN_S", 0.3)
+    stop = StopRequest()
+    stop.request()
+    ranks = replace(ranks_of(2, free_port())[1], local_world=1, hosts=("node0", "node1"))
+    with pytest.raises(StoppedWaiting, match=r"rank 0 \(on node0\) did not come, for whom rank 1 on node1 has") as told:
+        Rendezvous(ranks, 60, stop)
+    assert told.value.exit_code == errors.REQUEUE
+
+
+def test_ranks_tell_each_other_who_is_missing_after_a_stop_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 alone is told to stop."""
+    monkeypatch.setattr(patience, "STOPPED_WITHIN_S", 4.0)
+
+    def work(ranks: Ranks) -> object:
+        stop = StopRequest()
+        if ranks.rank == 0:
+            stop.request()
+        return Rendezvous(ranks, 20, stop).allgather("start", "")
+
+    for rank, error in enumerate(in_threads(work, ranks_of(4, free_port())[:3])):
+        assert isinstance(error, StoppedWaiting)
+        assert f"rank 3 (on node{rank}) did not come" in str(error)
+
+
 def test_port_in_use_by_a_process_that_says_nothing() -> None:
     """Rank 0 cannot have it; the others, who get through to that process, do not wait for its answer for ever."""
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -697,9 +779,19 @@ def test_srun(scontrol: str) -> None:
     assert again is not None and again.port not in {slurm.port_of(77, step) for step in range(9)}
 
 
-def test_srun_that_does_not_fill_one_node_after_another(scontrol: str) -> None:
-    ranks = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_DISTRIBUTION": "cyclic"})
-    assert ranks is not None and ranks.hosts == () and ranks.host_of(0) is None
+@pytest.mark.parametrize(
+    ("layout", "hosts"),
+    [
+        ("block:cyclic,NoPack", ("node1", "node1", "node2", "node2", "node3")),
+        ("cyclic", ("node1", "node2", "node3", "node1", "node2")),
+        ("cyclic:block", ("node1", "node2", "node3", "node1", "node2")),
+        ("plane", ()),
+        ("arbitrary", ()),
+    ],
+)
+def test_hosts_of_tasks_as_srun_lays_them_out(scontrol: str, layout: str, hosts: tuple[str, ...]) -> None:
+    ranks = discover(STEP | {"PATH": scontrol + ":/usr/bin:/bin", "SLURM_DISTRIBUTION": layout})
+    assert ranks is not None and ranks.hosts == hosts
 
 
 def test_srun_with_an_address_of_the_user() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ..environment import select_device
 from ..errors import UserError
-from ..launch import Ranks, Rendezvous, mpi
+from ..launch import Ranks, Rendezvous, StopRequest, mpi
 from ..liveness import Heartbeats
 from .grid import Backend, Grid, Shape, end_distributed, start_distributed
 
@@ -65,8 +65,16 @@ class Place:
 class Company:
     """A context manager; inside are the grid, and heartbeats that end every rank when one is lost."""
 
-    def __init__(self, place: Place, facts: Mapping[str, str], problem: str, advice: str, lost_after_s: float) -> None:
-        self._place, self._facts, self._problem = place, facts, problem
+    def __init__(
+        self,
+        place: Place,
+        facts: Mapping[str, str],
+        problem: str,
+        advice: str,
+        lost_after_s: float,
+        stop: StopRequest | None,
+    ) -> None:
+        self._place, self._facts, self._problem, self._stop = place, facts, problem, stop
         self._advice, self._lost_after_s = advice, lost_after_s
         self._stack = ExitStack()
         self._heartbeats: Heartbeats | None = None
@@ -82,7 +90,7 @@ class Company:
             self._problem = self._problem or str(error)
         backend: Backend = place.backend or ("nccl" if device.type == "cuda" else "gloo")
         with ExitStack() as stack:
-            rendezvous = Rendezvous(place.ranks)
+            rendezvous = Rendezvous(place.ranks, stop=self._stop, segment_of=place.shape.segment_of)
             rendezvous.prepared(self._problem)
             rendezvous.agree(self._facts)
             if place.ranks.world > 1:
@@ -142,6 +150,7 @@ def company(
     problem: str = "",
     advice: str = "this run cannot go on",
     lost_after_s: float,
+    stop: StopRequest | None = None,
 ) -> Company:
     """The other ranks, once all are there and agree.
 
@@ -151,8 +160,9 @@ def company(
         problem: what kept this rank from preparing the run; rank 0 raises it, the others ToldElsewhere.
         advice: what to do once a rank is lost.
         lost_after_s: seconds without a sign of life after which one is.
+        stop: what asks this rank to stop; it then does not wait for the others for long. None: nothing does.
     """
-    return Company(place, facts, problem, advice, lost_after_s)
+    return Company(place, facts, problem, advice, lost_after_s, stop)
 
 
 def _end(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -40,6 +40,10 @@ class Shape:
         """Segment and replica of a rank."""
         return divmod(rank, self.data)
 
+    def segment_of(self, rank: int) -> str:
+        """The segment of a rank, for people."""
+        return f"segment {self.place(rank)[0] + 1} of {self.pipe}"
+
     def rank(self, segment: int, replica: int) -> int:
         return segment * self.data + replica
 

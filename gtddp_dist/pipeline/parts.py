@@ -25,7 +25,7 @@ from ..data.batches import BatchOrder
 from ..diagnostics import Totals, figures
 from ..environment import prepare_cpu
 from ..errors import UserError
-from ..launch import Ranks
+from ..launch import Ranks, StopRequest
 from ..optimizer import GTDDP
 from ..parts import Parts, build_model, load_data, new_optimizer_of
 from ..results import config_hash
@@ -84,7 +84,9 @@ def prepare(config: Config, cuts: Sequence[int] | None = None) -> Prepared:
 
 
 @contextmanager
-def met(config: Config, ranks: Ranks, cuts: Sequence[int] | None, advice: str) -> Iterator[RankBuilder]:
+def met(
+    config: Config, ranks: Ranks, stop: StopRequest, cuts: Sequence[int] | None, advice: str
+) -> Iterator[RankBuilder]:
     """The ranks of a run while the block runs, once all are there and agree."""
     shape = Shape(config.parallel.pipe, config.parallel.data)
     problem, prepared = "", None
@@ -105,7 +107,8 @@ def met(config: Config, ranks: Ranks, cuts: Sequence[int] | None, advice: str) -
         "cuts": json.dumps(list(known)),
         "costs": prepared.expected.digest() if prepared else "",  # a measured cost file is each host's own
     }
-    together = company(place, facts, problem=problem, advice=advice, lost_after_s=config.parallel.lost_after_s)
+    lost_after_s = config.parallel.lost_after_s
+    together = company(place, facts, problem=problem, advice=advice, lost_after_s=lost_after_s, stop=stop)
     with together as grid:
         assert prepared is not None
         yield RankBuilder(together, grid, prepared)

@@ -120,10 +120,10 @@ class Program(Watched):
         """Waits until no process is left; when that was, by time.monotonic(). Raises TimeoutError."""
         deadline = time.monotonic() + within_s
         while True:
-            self.process.poll()
+            # A program that has just been started has no environment yet: that none is seen does not tell its end.
+            ended = self.process.poll() is not None
             left = self.processes()
-            if not left:
-                self.process.wait(SETTLE_S)
+            if ended and not left:
                 return time.monotonic()
             self._note(left)
             if time.monotonic() > deadline:
