@@ -494,13 +494,23 @@ def test_an_interrupted_sweep_on_this_host(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gtddp_dist", "sweep", "long.yaml", "--dir", "sweep"]
     first, second = (tmp_path / "sweep" / "trials" / name for name in ("000-lr0.1", "001-lr0.2"))
     with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
     ) as process:
-        deadline = time.monotonic() + 120
-        while last_step(first) == 0 and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all processes of the terminal
-        _, err = process.communicate(timeout=120)
+        try:
+            deadline = time.monotonic() + 120
+            while last_step(first) == 0 and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches all processes of the terminal
+            _, err = process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     assert process.returncode == REQUEUE and "to go on: gtddp sweep --resume sweep" in err
     assert "Traceback" not in err  # of submitit's process, which would kill the trial a second later
     events = history.read(first)
