@@ -259,8 +259,9 @@ class _StageRun:
         captured_bytes, gram, weight, statistics, factor_bytes, forming = 0, 0.0, 0.0, 0.0, 0, 0.0
         group = counting.recursion_samples or samples
         for name, module in self.player.modules.items():
-            inputs = prepare(module, self.inputs[name].detach())
-            slopes = self.outputs[name].detach()
+            x, y = self.inputs[name].detach(), self.outputs[name].detach()
+            dtype = next(module.parameters(recurse=False)).dtype  # what autocast made is brought to it in the step
+            inputs, slopes = prepare(module, x.to(dtype)), y.to(dtype)
             part = sample_gradients(module, inputs, slopes)
             rows = sample_gradients(
                 module, _resized(inputs, group * counting.rows), _resized(slopes, group * counting.rows)
@@ -270,7 +271,8 @@ class _StageRun:
                 part, rows = (FormedGradients(module, each.per_sample()) for each in (part, rows))
                 captured_bytes += sum(grads.nbytes for grads in part.per_sample().values())
             else:
-                captured_bytes += inputs.nbytes + slopes.nbytes * (1 if counting.rows == 1 else 1 + counting.rows)
+                captured_bytes += inputs.numel() * x.element_size()
+                captured_bytes += y.nbytes * (1 if counting.rows == 1 else 1 + counting.rows)
             weight += _count(partial(part.weighted, slopes.new_empty(samples)))
             if counting.feedback:
                 gram += _count(partial(_gram, rows, counting)) * samples / group

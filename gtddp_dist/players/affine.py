@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import FormedGradients, SampleGradients, Scale, gram_of, is_diagonal
-from .blocks import Block, gradient_blocks, gram_of_blocks, mean_square_of_blocks
+from .blocks import Block, block_numbers, gradient_blocks, gram_of_blocks, mean_square_of_blocks
 from .bounded import bounded_gradients, bounded_gram, least_bytes
 from .budget import budget
 from .pairs import PASS, pair_cost, pair_gram, pair_numbers, unfolded
@@ -25,8 +25,8 @@ FORMED_PASSES = 3
 """In blocks that stay in the cache: written once and read twice for the Gram matrix."""
 
 KEPT_PASSES = 8
-"""The same where they are kept, and read once more for S^T w: memory is slower (measured: 32 samples of 295,000 numbers
-take 20 ms to form and keep, 13 ms to form and multiply in blocks)."""
+"""The same where more are kept than a block has, and read once more for S^T w: memory is slower (measured: 32 samples
+of 295,000 numbers take 20 ms to form and keep, 13 ms to form and multiply in blocks)."""
 
 
 def formed_cost(samples: int, positions: int, inputs: int, outputs: int, passes: int) -> int:
@@ -163,7 +163,9 @@ class AffineGradients(SampleGradients):
         """Whether to keep per-sample gradients, which then serve S^T w too, costs less than another product for it."""
         B, L, I, O = self._sizes(samples)  # noqa: E741
         product = B * L * I * O
-        return formed_cost(B, L, I, O, KEPT_PASSES) <= min(self.path_costs(samples).values()) + product
+        in_cache = B * self.channel_groups * I * O <= block_numbers(self.inputs.device)
+        kept = formed_cost(B, L, I, O, FORMED_PASSES + 1 if in_cache else KEPT_PASSES)
+        return kept <= min(self.path_costs(samples).values()) + product
 
     def cheapest_path(self, samples: int) -> GramPath:
         """The cheapest way to the Gram matrix of the weight for that many samples, by counted work."""
