@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 import torch
+from bench_net import BENCH_RESNET
 from torch import Tensor, nn
 
 from gtddp_dist.bench.single import Contender, batch
@@ -61,12 +62,7 @@ def trained(name: str, channels_last: bool, *options: str) -> Tensor:
     config = load_config(
         "bench-step",
         [
-            "model.name=small-resnet",
-            "model.blocks=2",
-            "model.width=8",
-            "model.batch_norm=true",
-            "bench.image=[3,16,16]",
-            "bench.classes=10",
+            *BENCH_RESNET,
             "optimizer.lr=0.1",
             "optimizer.scope=4",
             "train.dtype=float64",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_net import BENCH_RESNET
 
 from gtddp_dist.bench.names import CONTENDERS
 from gtddp_dist.bench.single import Contender, batch
@@ -21,12 +22,7 @@ RECORD = Path(__file__).with_name("counts.json")
 CONFIG = load_config(
     "bench-step",
     [
-        "model.name=small-resnet",
-        "model.blocks=2",
-        "model.width=8",
-        "model.batch_norm=true",
-        "bench.image=[3,16,16]",
-        "bench.classes=10",
+        *BENCH_RESNET,
         "train.batch_size=8",
         "optimizer.scope=4",
         "train.device=cpu",
