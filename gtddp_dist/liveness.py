@@ -2,7 +2,8 @@
 
 A rank that dies leaves the others in a collective: some get an error that names nobody ("Connection closed by peer"),
 which makes them fail and others after them; some wait for ever. So every rank gives a sign of life to a store each
-second, also while its main thread waits or has failed, and rank 0 tells all who has given none.
+second, also while its main thread waits or has failed, and rank 0 tells all who has given none. That one's process has
+ended it knows at once, by a connection (`lifeline`).
 
 Limit: a sign of life is given by a Python thread. A rank that spends longer than `lost_after_s` in one call that keeps
 Python's global lock is taken for lost. PyTorch's operations and collectives release it. Stopping all ranks at once
@@ -16,7 +17,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from .errors import FAILED, OK, REQUEUE, UserError
 from .launch import RankMissing
+from .lifeline import Followed, Held
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -49,6 +51,7 @@ NOTE_WITHIN_S: Final = 2.0
 
 ENDED: Final = "ended"
 FAILED_WITH: Final = "failed: "
+DIED: Final = "its process has ended without a word: killed, or out of memory"
 STALLED: Final = "no step has ended for"
 """In what a rank has failed with where its watchdog has ended it (`gtddp_dist.watchdog`)."""
 
@@ -94,11 +97,11 @@ class Heartbeats:
     `store` is shared by all ranks (a TCPStore, or a PrefixStore over one) and is used through a connection of its own.
     `describe` says for messages which rank this is ("segment 2 of 4: stages 3 to 5, replica 1 of 2, host node1"),
     `advice` what to do once a rank is lost. `store_holder` names the process that holds the store where it is not rank
-    0's.
+    0's. `address` is where the other ranks reach the host of rank 0.
 
-    Once a rank has given no sign of life for `lost_after_s` seconds, or has left the block with an error, every other
-    rank prints one line on stderr that names it, and ends with the exit code FAILED: by itself within a few seconds,
-    else by `os._exit`. Where the store cannot be reached, it is rank 0 that was lost.
+    Once a rank's process has ended, or has given no sign of life for `lost_after_s` seconds, or has left the block with
+    an error, every other rank prints one line on stderr that names it, and ends with the exit code FAILED: by itself
+    within a few seconds, else by `os._exit`. Where the store cannot be reached, it is rank 0 that was lost.
 
     The end of the block is a meeting: rank 0 stays until all ranks have left theirs, since it watches over them and
     holds the store. An error that may come of a lost rank (`may_come_of_a_loss`) leaves the block only once it is known
@@ -115,6 +118,7 @@ class Heartbeats:
         advice: str = "this run cannot go on",
         lost_after_s: float = 30.0,
         store_holder: str | None = None,
+        address: str = "127.0.0.1",
     ) -> None:
         self.rank = rank
         self.world = world
@@ -124,6 +128,9 @@ class Heartbeats:
         self._write_stacks: Callable[[], object] | None = None
         self._lost_after_s = lost_after_s
         self._store_holder = store_holder
+        self._address = address
+        self._lifeline: Held | Followed | None = None
+        self._lifeline_failed = False
         self._store = store
         if world > 1:
             # A connection serves one thread at a time, and the main thread waits in its own.
@@ -136,6 +143,8 @@ class Heartbeats:
         self._who_is_first = ""
         self._lock = threading.Lock()
         self._losses: list[Loss] = []
+        self._others_told = False
+        """Rank 0: whether they can read of the losses."""
         self._known = threading.Event()
         """Set once a loss is known and was printed."""
         self._may_end = threading.Event()
@@ -164,6 +173,9 @@ class Heartbeats:
     def __enter__(self) -> Heartbeats:
         if self.world > 1:
             self._store.set(f"who/{self.rank}", self._describe)
+            if self.rank == 0:
+                self._lifeline = Held(self._address, self.world, self._have_died)
+                self._store.set("lifeline", self._lifeline.where)
             for thread in self._threads:
                 thread.start()
         return self
@@ -191,6 +203,7 @@ class Heartbeats:
             if self.rank == 0:
                 self._may_end.wait(ACKNOWLEDGE_WITHIN_S)
         self._quit.set()
+        self._close_lifeline()
         for thread in self._threads:
             thread.join(2 * EVERY_S)
 
@@ -236,6 +249,8 @@ class Heartbeats:
                 while time.monotonic() < deadline and not self._quit.is_set():
                     if self._final is not None and not self._final_given.is_set():
                         break
+                    if self.rank == 0 and self._losses and not self._others_told:
+                        break
                     self._quit.wait(0.05)
                 if not self._quit.is_set():  # else rank 0, and the store with it, may be gone by now
                     self._beat()
@@ -253,6 +268,7 @@ class Heartbeats:
     def _watch_all(self, seen: dict[int, tuple[str, float]]) -> None:
         """Rank 0: looks at all ranks, and tells the others which are lost."""
         if self._losses:
+            self._tell_others(self._losses)
             self._await_acknowledgement()
             return
         beats = self._read_beats(range(1, self.world), seen)
@@ -263,7 +279,7 @@ class Heartbeats:
             beats = self._read_beats(range(1, self.world), seen)
             losses = self._find_losses(beats, seen)
         if losses:
-            self._store.set("lost", json.dumps([[loss.rank, loss.who, loss.why] for loss in losses]))
+            self._tell_others(losses)
             self._declare(losses)
             if self._leaving and self._final_given.is_set():  # this rank has failed as well: nobody else is told
                 self._await_acknowledgement()
@@ -276,6 +292,11 @@ class Heartbeats:
             self._over.set()
         if self._final is not None and self._final != ENDED and self._final_given.is_set():
             self._await_acknowledgement()
+
+    def _tell_others(self, losses: Sequence[Loss]) -> None:
+        if not self._others_told:
+            self._store.set("lost", json.dumps([[loss.rank, loss.who, loss.why] for loss in losses]))
+            self._others_told = True
 
     def _answer_the_troubled(self, beats: dict[int, str]) -> None:
         """Rank 0: tells ranks whose collective failed that nobody was lost, once all others were alive after that.
@@ -342,6 +363,7 @@ class Heartbeats:
         self._final_given.wait(3 * EVERY_S)
         if self.rank == 0:
             self._may_end.wait(ACKNOWLEDGE_WITHIN_S)
+        self._close_lifeline()
 
     @property
     def _limit_s(self) -> float:
@@ -368,6 +390,8 @@ class Heartbeats:
             self._who_is_first = self._who(0)
         if not self._all_here:
             self._all_here = self._store.check(["all here"])
+        if self._lifeline is None and not self._lifeline_failed and self._store.check(["lifeline"]):
+            self._take_lifeline(self._store.get("lifeline").decode())
         if self._known.is_set():
             return
         if self._store.check(["lost"]):
@@ -382,6 +406,22 @@ class Heartbeats:
             self._acknowledge()
             self._declare(losses)
         self._hear_answer()
+
+    def _take_lifeline(self, where: str) -> None:
+        try:
+            self._lifeline = Followed(where, self.rank, self._describe, self._have_died)
+        except OSError as error:
+            self._lifeline_failed = True
+            told = json.loads(where)
+            os.write(
+                2,
+                f"gtddp: rank {self.rank} ({self._describe}) does not reach rank 0 at {told['address']}:{told['port']} "
+                f"({error}): should either die, the other knows it after {self._lost_after_s:g} s only\n".encode(),
+            )
+
+    def _close_lifeline(self) -> None:
+        if self._lifeline is not None:
+            self._lifeline.close()
 
     def _acknowledge(self) -> None:
         """Before the main thread hears of a loss: it may end the process at once."""
@@ -398,11 +438,22 @@ class Heartbeats:
     def _store_is_gone(self, reason: str) -> None:
         """Declares who held the store lost, unless it is this rank that has slept through the end of the others."""
         if self._suspended_s() > self._lost_after_s:
-            self._declare([Loss(self.rank, self._describe, f"{self._why_me()}, and the others have ended")])
+            self._declare_me()
         elif self._store_holder is not None:
             self._declare([Loss(-1, self._store_holder, f"the store it holds cannot be reached: {reason}")])
         else:
             self._declare([Loss(0, self._who_is_first, f"its store cannot be reached: {reason}")])
+
+    def _declare_me(self) -> None:
+        self._declare([Loss(self.rank, self._describe, f"{self._why_me()}, and the others have ended")])
+
+    # The thread of the lifeline.
+
+    def _have_died(self, ranks: Mapping[int, str]) -> None:
+        if self.rank != 0 and self._suspended_s() > self._lost_after_s:
+            self._declare_me()
+        else:
+            self._declare([Loss(rank, who or self._who_is_first, DIED) for rank, who in sorted(ranks.items())])
 
     # The thread that never waits for anybody.
 

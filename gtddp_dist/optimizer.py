@@ -241,9 +241,11 @@ class GTDDP(torch.optim.Optimizer):
         samples = sum(sizes) if self.options.loss_reduction == "mean" else 1
         work = self.new_step(micro_batches, groups, samples, loss_scale)
         self.fill_gradients(work)
-        if not (self.is_finite(work) and not self._found_inf()):
+        finite = self.finite(work)
+        # Decompositions of factors fail on what is not finite. All else takes it, and the device is waited for once.
+        if (not self.options.feedback or self.curvature.needs_samples) and not bool(finite):
             return self.refuse(loss, work)
-        if self.options.feedback and not values_finite(work.backward()):
+        if self.options.feedback and not bool(finite & values_finite(work.backward())):
             return self.refuse(loss, work)
         work.forward()
         self.finish(work)
@@ -292,9 +294,11 @@ class GTDDP(torch.optim.Optimizer):
     def _sign(self) -> float:
         return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
 
-    def is_finite(self, work: Step) -> bool:
-        """Whether all that was captured, and the gradient, is finite. Waits for the device."""
-        return bool(all_finite([*derivatives(work.samples.micro_batches), *work.grads.values()]))
+    def finite(self, work: Step) -> Tensor:
+        """Whether all that was captured, and the gradient, is finite, and GradScaler has found nothing else; true or
+        false on the device."""
+        finite = all_finite([*derivatives(work.samples.micro_batches), *work.grads.values()])
+        return finite & (self.found_inf == 0).to(finite.device) if hasattr(self, "found_inf") else finite
 
     def refuse(self, loss: float | None = None, work: Step | None = None) -> float | None:
         """Count a step that was not taken, and look in ``work`` for why; returns ``loss``."""
@@ -443,9 +447,6 @@ class GTDDP(torch.optim.Optimizer):
             player,
         )
 
-    def _found_inf(self) -> bool:
-        return hasattr(self, "found_inf") and bool(self.found_inf)
-
     # ------------------------------------------------------------------------------------------------------
     # Looking at it
 
@@ -510,9 +511,9 @@ class GTDDP(torch.optim.Optimizer):
         return f"GTDDP({self.curvature!r}, {asdict(self.options)}, players={len(self.trajectory.stages)})"
 
 
-def values_finite(values: Sequence[Value]) -> bool:
-    """Whether the value functions at a cut are; where the first one's are, all were. Waits for the device."""
-    return bool(all_finite([v.curvature.sum() + v.slope.sum() for v in values]))
+def values_finite(values: Sequence[Value]) -> Tensor:
+    """Whether the value functions at a cut are; where the first one's are, all were. True or false on the device."""
+    return all_finite([v.curvature.sum() + v.slope.sum() for v in values])
 
 
 def derivatives(micro_batches: Iterable[MicroBatch]) -> list[Tensor]:

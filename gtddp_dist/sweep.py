@@ -110,7 +110,7 @@ def backward_stage(
     # k and K of Eq. 16, seen from the samples: N = (I + H M)^-1 is where Q_uu^-1 goes.
     right_hand_sides = torch.cat([(response_B + H @ c)[:, None], _right(H, M)], dim=1)
     if proximal:
-        right_hand_sides = torch.linalg.solve(identity + _right(H, M), right_hand_sides)
+        right_hand_sides = _solved(identity + _right(H, M), right_hand_sides)
     a_B, F_BB = right_hand_sides[:, 0], right_hand_sides[:, 1:]
 
     # V_z = Q_z + Q_uz^T k and V_zz = Q_zz + Q_uz^T K (Eq. 18, 19), as c <- c - M a and M <- M - M N H M.
@@ -166,6 +166,15 @@ def _right(x_BB: Tensor, M: Tensor) -> Tensor:
 
 def _symmetric(x_BB: Tensor) -> Tensor:
     return (x_BB + x_BB.mT) / 2
+
+
+def _solved(matrix_BB: Tensor, right_Bn: Tensor) -> Tensor:
+    """A^-1 x; NaN for a matrix that is singular, as only one that is not finite is here.
+
+    torch.linalg.solve would wait for the device to raise.
+    """
+    found, singular = torch.linalg.solve_ex(matrix_BB, right_Bn)
+    return torch.where(singular == 0, found, torch.nan)
 
 
 def _spectrum(symmetric_BB: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from gtddp_dist import errors
+from gtddp_dist.liveness import DIED
 
 LOST_AFTER_S = 5.0
 
@@ -217,6 +218,9 @@ def test_the_lost_rank_is_named_and_nobody_else(name: str, ended: Mapping[str, E
         assert re.match(rf"gtddp: lost rank {victim} \(the {victim}th\): .*\. go on with --resume$", line), end
         assert set(re.findall(r"rank (\d)", line)) == {str(victim)}
         assert end.seconds < LOST_AFTER_S + 15
+        if SCENARIOS[name][3] == signal.SIGKILL:
+            # Of rank 0 also the store, which it held, is gone: whichever is seen first.
+            assert DIED in line or (victim == 0 and "its store cannot be reached" in line), end
 
 
 @pytest.mark.parametrize("rank", [rank for rank in SCENARIOS if SCENARIOS[rank][3] == signal.SIGSTOP])

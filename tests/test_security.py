@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 from test_resume import configure
 
 from gtddp_dist import checkpoint, cli
@@ -61,9 +62,13 @@ def bait(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps, with its checkpoints."""
+    """A run of a few steps, with its checkpoints, which hold a curvature's factors too."""
     path = tmp_path_factory.mktemp("trained") / "run"
-    assert run_training(configure(str(path), "train.steps=4", "checkpoint.every=2"), "digits") == OK
+    words = ("optimizer.name=gtddp-ekfac", "train.steps=4", "checkpoint.every=2")
+    assert run_training(configure(str(path), *words), "digits") == OK
+    (shard,) = (path / "checkpoints" / "step-00000004").glob("*.safetensors")
+    with safe_open(shard, "pt") as tensors:
+        assert any("factor" in key for key in tensors.keys())  # noqa: SIM118  # no mapping
     return path
 
 

@@ -582,7 +582,7 @@ class Worker:
         work = self._work
         if work.poisoned or not (work.agreed or self._finite_so_far()):
             return False
-        return all(values_finite(values) for values in work.before.values() if values)
+        return all(bool(values_finite(values)) for values in work.before.values() if values)
 
     def _agree(self, _: int) -> None:
         """One exchange: whether all is finite, whether anybody failed, the loss, the samples classified right."""
