@@ -25,7 +25,7 @@ from .processes import Program, started
 
 STEPS, QUICK_STEPS = 5000, 200
 CYCLES, QUICK_CYCLES = 50, 5
-RANKS_CYCLES = 5
+RANKS_CYCLES = 50
 EVERY = 2
 """Steps of a cycle."""
 SAMPLES = 200
