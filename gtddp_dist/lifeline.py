@@ -55,8 +55,12 @@ class Held:
     """
 
     def __init__(self, address: str, world: int, on_death: OnDeath) -> None:
-        bound = address if address.startswith("127.") else ""
-        self._server = socket.create_server((bound, 0), backlog=world + 16)
+        if address.startswith("127."):
+            self._server = socket.create_server((address, 0), backlog=world + 16)
+        else:
+            both = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if both else socket.AF_INET
+            self._server = socket.create_server(("", 0), family=family, backlog=world + 16, dualstack_ipv6=both)
         self._server.setblocking(False)
         self._word = secrets.token_hex(16)
         self.where = json.dumps({"address": address, "port": self._server.getsockname()[1], "word": self._word})

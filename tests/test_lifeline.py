@@ -135,3 +135,16 @@ def test_strangers_are_no_ranks(held: Held, ranks: dict[int, subprocess.Popen[st
 
 def test_a_loopback_address_is_listened_at_alone(held: Held) -> None:
     assert held._server.getsockname()[0] == "127.0.0.1"
+
+
+def test_other_hosts_reach_one_that_is_not(deaths: Deaths) -> None:
+    held = Held(socket.gethostname(), 2, deaths.put)
+    port = json.loads(held.where)["port"]
+    for address in ("127.0.0.1", *(["::1"] if socket.has_dualstack_ipv6() else [])):
+        where = json.dumps({**json.loads(held.where), "address": address, "port": port})
+        line = Followed(where, 1, "the 1th", lambda dead: None)
+        line._over = True
+        line._connection.shutdown(socket.SHUT_RDWR)  # as if it died
+        assert deaths.get(timeout=5) == {1: "the 1th"}
+        line.close()
+    held.close()

@@ -273,15 +273,20 @@ class KroneckerCurvature(Curvature):
             assert isinstance(part, AffineGradients)
             state = new[anchor_of(name, controls)]
             layout = layers[name]
-            x_BGLI, y_BGLO = layout.positions(part)
-            if pair is not None and self.cooperation == "corollary7" and name in pair and "factor_a" not in state:
-                kept[name] = (x_BGLI, y_BGLO)
-            positions = y_BGLO.shape[2]
-            x_BGLI, y_BGLO = bases.reduced(x_BGLI, y_BGLO, self.factors)
-            if self.factors == "spatially_uncorrelated" and layout.channels:
+            first = "factor_a" not in state
+            by_channel = self.factors == "spatially_uncorrelated" and layout.channels > 0
+            if by_channel:
+                y_BGLO = part.output_positions()
                 self.mix(state, "factor_a", bases.channel_factor(part, layout), name, ranks)
-                self.mix(state, "factor_ones", torch.full_like(x_BGLI[0, 0, 0, 0], positions), name, ranks)
-            else:
+                self.mix(state, "factor_ones", y_BGLO.new_full((), y_BGLO.shape[2]), name, ranks)
+                if pair is None or name not in pair:  # no need to unfold inputs
+                    self.mix(state, "factor_b", bases.output_factor(y_BGLO), name, ranks)
+                    continue
+            x_BGLI, y_BGLO = layout.positions(part)
+            if pair is not None and self.cooperation == "corollary7" and name in pair and first:
+                kept[name] = (x_BGLI, y_BGLO)
+            x_BGLI, y_BGLO = bases.reduced(x_BGLI, y_BGLO, self.factors)
+            if not by_channel:
                 self.mix(state, "factor_a", bases.input_factor(x_BGLI), name, ranks)
             self.mix(state, "factor_b", bases.output_factor(y_BGLO), name, ranks)
             if pair is not None and self.cooperation != "corollary7" and name in pair:
