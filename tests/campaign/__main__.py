@@ -5,6 +5,7 @@
     --seed N     of the random choices (0)
     --minutes M  after which a part begins no other case (20); started again, it goes on there
     --failed     also the cases whose last row says that they failed
+    --again CASE this case too, though it has a row; may be given several times
     --page       no cases, only the page
 
 Exit code: 0 where all cases of this call were as they should be, 1 where one was not, 75 where time was up.
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--failed", action="store_true")
+    parser.add_argument("--again", action="append", default=[])
     parser.add_argument("--page", action="store_true")
     arguments = parser.parse_args(argv)
     unknown = set(arguments.parts) - {part.name for part in PARTS}
@@ -66,6 +68,7 @@ def run_part(part: Part, arguments: argparse.Namespace, out: Path) -> int:
     table = Table(part, out / f"{part.name}.csv")
     of = len(part.cases(arguments.seed, False))
     done = {key for key, row in table.newest().items() if row["ok"] == "yes" or not arguments.failed}
+    done -= set(arguments.again)
     cases = [case for case in part.cases(arguments.seed, arguments.quick) if case.key not in done]
     deadline = time.monotonic() + 60 * arguments.minutes
     code = OK
