@@ -78,10 +78,13 @@ class Watched:
         return [*processes, *ports, *shm, *(f"$TMPDIR/{name}" for name in sorted(files))]
 
     def kill(self) -> None:
-        """Ends whoever is left of it."""
-        for process in self.processes():
-            with suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        """Ends whoever is left of it, and those that they start meanwhile; returns when they are gone."""
+        deadline = time.monotonic() + SETTLE_S
+        while (left := self.processes()) and time.monotonic() < deadline:
+            for process in left:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.01)
 
 
 class Program(Watched):
