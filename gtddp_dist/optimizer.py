@@ -512,7 +512,7 @@ class GTDDP(torch.optim.Optimizer):
 
 
 def values_finite(values: Sequence[Value]) -> Tensor:
-    """Whether the value functions at a cut are; where the first one's are, all were. True or false on the device."""
+    """Whether value functions are; where those at the first cut are, all were. True or false on the device."""
     return all_finite([v.curvature.sum() + v.slope.sum() for v in values])
 
 

@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from .errors import FAILED
-from .liveness import STALLED, RunningClock
+from .liveness import STALLED
+from .running_clock import RunningClock
 
 FOLDER: Final = "stalled"
 """Folder of the stacks in a run directory."""

@@ -42,9 +42,20 @@ class Ranks:
     hosts: tuple[str, ...] = ()
     """The host of every rank, in their order, where who has started them tells it before they come; else empty."""
 
+    @property
+    def on_one_host(self) -> bool:
+        """Whether all of them are."""
+        return self.local_world == self.world
+
+    @property
+    def first_address(self) -> str:
+        """Where they reach what rank 0 listens at for them alone: on one host the loopback device, whatever the host's
+        name stands for."""
+        return "127.0.0.1" if self.on_one_host else self.address
+
     def host_of(self, rank: int) -> str | None:
         """The host of a rank that has not come; None where it is not known."""
-        if self.local_world == self.world:
+        if self.on_one_host:
             return self.host
         return self.hosts[rank] if self.hosts else None
 
@@ -66,7 +77,7 @@ class Ranks:
 
     def keep_to_host(self, environ: MutableMapping[str, str] = os.environ) -> None:
         """Ranks of one host need no network: gloo listens on the loopback device alone, where nothing else is named."""
-        if self.local_world == self.world:
+        if self.on_one_host:
             environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 

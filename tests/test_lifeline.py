@@ -16,7 +16,7 @@ import pytest
 from gtddp_dist.lifeline import Followed, Held
 
 RANK = """
-import os, sys, time
+import os, sys
 from gtddp_dist.lifeline import Followed
 told = lambda dead: print("dead", dict(dead), flush=True)
 line = Followed(sys.argv[1], int(sys.argv[2]), f"the {sys.argv[2]}th", told)
@@ -26,7 +26,7 @@ if sys.stdin.readline() == "goodbye\\n":
 os._exit(0)
 """
 FIRST = """
-import sys, time
+import sys
 from gtddp_dist.lifeline import Held
 held = Held("127.0.0.1", 2, lambda dead: None)
 print(held.where, flush=True)

@@ -25,6 +25,7 @@ LOST_AFTER_S = 5.0
 ZOO = """
 import datetime, json, os, socket, sys, threading, time
 import torch, torch.distributed as dist
+from gtddp_dist import liveness
 from gtddp_dist.liveness import Heartbeats
 from gtddp_dist.errors import UserError
 
@@ -39,6 +40,11 @@ def work(name, rank, world, server, mode, lost_after_s):
     dist.init_process_group("gloo", store=dist.PrefixStore("pg", store), rank=rank, world_size=world, timeout=minute)
     alive = dist.PrefixStore("alive", store)
     beats = Heartbeats(alive, rank, world, f"the {rank}th", advice="go on with --resume", lost_after_s=lost_after_s)
+    if mode == "unreachable":
+        def fail(*args):
+            raise OSError("blocked")
+        liveness.Followed = fail
+        mode = "reduce"
     with beats:
         dist.barrier()
         open(f"{folder}/{name}.{rank}.ready", "w").close()
@@ -128,6 +134,7 @@ SCENARIOS = {  # name: ranks, what they do, which is hit by which signal
     "chain-kill-0": (4, "chain", 0, signal.SIGKILL),
     "chain-kill-1": (4, "chain", 1, signal.SIGKILL),
     "chain-kill-3": (4, "chain", 3, signal.SIGKILL),
+    "unreachable": (3, "unreachable", 2, signal.SIGKILL),
     "stop-0": (3, "chain", 0, signal.SIGSTOP),
     "stop-2": (3, "reduce", 2, signal.SIGSTOP),
     "stalled-0": (3, "stalled 0", None, None),
@@ -206,7 +213,10 @@ def gtddp_lines(end: Ended) -> list[str]:
     return [line for line in end.err.splitlines() if line.startswith("gtddp:")]
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, victim, _) in SCENARIOS.items() if victim is not None])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, (_, _, victim, _) in SCENARIOS.items() if victim is not None and name != "unreachable"],
+)
 def test_the_lost_rank_is_named_and_nobody_else(name: str, ended: Mapping[str, Ended]) -> None:
     world, _, victim, _ = SCENARIOS[name]
     for rank in range(world):
@@ -221,6 +231,17 @@ def test_the_lost_rank_is_named_and_nobody_else(name: str, ended: Mapping[str, E
         if SCENARIOS[name][3] == signal.SIGKILL:
             # Of rank 0 also the store, which it held, is gone: whichever is seen first.
             assert DIED in line or (victim == 0 and "its store cannot be reached" in line), end
+
+
+def test_without_connections_signs_of_life_tell_of_a_death(ended: Mapping[str, Ended]) -> None:
+    """And each rank says that it has none."""
+    first = gtddp_lines(ended["unreachable.1"])[0]
+    assert first.startswith("gtddp: rank 1 (the 1th) does not reach rank 0 at 127.0.0.1:")
+    assert first.endswith(f"(blocked): should either die, the other knows it after {LOST_AFTER_S:g} s only")
+    for rank in (0, 1):
+        end = ended[f"unreachable.{rank}"]
+        assert end.code == errors.FAILED and end.seconds >= LOST_AFTER_S - 1.5, end
+        assert "lost rank 2 (the 2th): gave no sign of life for" in gtddp_lines(end)[-1]
 
 
 @pytest.mark.parametrize("rank", [rank for rank in SCENARIOS if SCENARIOS[rank][3] == signal.SIGSTOP])

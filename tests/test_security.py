@@ -258,6 +258,12 @@ def test_the_store_of_a_loopback_address_listens_there_alone() -> None:
     assert store.get("key") == b"value"
 
 
+def test_what_tells_of_dead_ranks_listens_on_loopback_alone_on_one_host() -> None:
+    """Also where the host has another name for those who meet, as under Slurm and torchrun."""
+    assert ranks_at("node1", local_world=2).first_address == "127.0.0.1"
+    assert ranks_at("node1", local_world=1).first_address == "node1"
+
+
 def test_a_port_that_is_taken_is_still_named() -> None:
     import socket
 

@@ -103,7 +103,7 @@ class Company:
                         advice=self._advice,
                         lost_after_s=self._lost_after_s,
                         store_holder=rendezvous.store_holder,
-                        address=place.ranks.address,
+                        address=place.ranks.first_address,
                     )
                 )
             store = rendezvous.store if place.ranks.world > 1 else dist.HashStore()

@@ -582,7 +582,7 @@ class Worker:
         work = self._work
         if work.poisoned or not (work.agreed or self._finite_so_far()):
             return False
-        return all(bool(values_finite(values)) for values in work.before.values() if values)
+        return bool(values_finite([value for values in work.before.values() for value in values]))
 
     def _agree(self, _: int) -> None:
         """One exchange: whether all is finite, whether anybody failed, the loss, the samples classified right."""
